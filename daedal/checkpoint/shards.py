@@ -1,0 +1,91 @@
+"""The safetensors files of a checkpoint directory as one mapping from name to tensor.
+
+Headers are read once; tensors come one by one from the memory map, so that reading a model needs no second copy of it.
+The library checks that a header fits its file: sizes, overlaps, gaps, dtypes. What it finds, and what an index promises
+but no file holds, is said with the file's name. Knows nothing of models.
+"""
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import safetensors
+from safetensors import safe_open
+from torch import Tensor
+
+from daedal.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Shards:
+    """Read access to every tensor of a checkpoint. `files`: name of each tensor to the file that holds it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._open: dict[str, Any] = {}
+        self.files: dict[str, str] = {}
+        promised = _promised(directory)
+        for file in sorted(set(promised.values())) if promised else [SINGLE]:
+            handle = _open(directory / file)
+            self._open[file] = handle
+            for name in _names(handle):
+                if name in self.files:
+                    message = f"tensor {name} is in {self.files[name]} and in {file}: fetch the checkpoint again"
+                    raise CheckpointError(f"{directory}: {message}")
+                self.files[name] = file
+        for name, file in promised.items():
+            if self.files.get(name) != file:
+                message = f"{INDEX} promises {name} in {file}, which does not hold it: fetch the checkpoint again"
+                raise CheckpointError(f"{directory}: {message}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open[self.files[name]].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU, mapped and not copied."""
+        file = self.files[name]
+        try:
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            message = f"tensor {name} in {self.directory / file} cannot be read ({error}): fetch the file again"
+            raise CheckpointError(message) from error
+        return tensor
+
+
+def _promised(directory: Path) -> MappingProxyType[str, str]:
+    """Tensor name to file, from the index; empty for a checkpoint of one file."""
+    path = directory / INDEX
+    if not path.exists():
+        if not (directory / SINGLE).exists():
+            message = f"{directory} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights"
+            raise CheckpointError(message)
+        return MappingProxyType({})
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(isinstance(file, str) and Path(file).name == file for file in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not an index ({error!r}): fetch the file again") from error
+    if not plain or not weight_map:
+        raise CheckpointError(f"{path} must map tensor names to plain file names: fetch the file again")
+    for file in sorted(set(weight_map.values())):
+        if not (directory / file).exists():
+            raise CheckpointError(f"{directory} lacks {file}, which {INDEX} names: fetch the missing shard")
+    return MappingProxyType(dict(weight_map))
+
+
+def _names(handle: Any) -> list[str]:
+    """The library's handle has no types of its own."""
+    return list(handle.keys())
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): fetch the file again") from error

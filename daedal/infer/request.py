@@ -1,0 +1,161 @@
+"""The nouns of serving: what is asked for, and what comes out. Plain data, no device, no torch.
+
+What can be judged without a model is judged here, once, when the noun is made; what depends on the engine's model and
+size is judged by `admission`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from daedal.errors import RequestError
+
+FinishReason = Literal["length", "stop", "cancelled"]
+
+MAX_LOGPROBS = 20  # the API's own bound on top_logprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    max_tokens: generated tokens at most. temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: 1 and 0 are off.
+    repetition_penalty divides (or multiplies) the logits of every token seen in prompt or answer; presence and
+    frequency penalties are subtracted for tokens of the answer, as in the OpenAI API. seed: the draw repeats with it.
+    stop: strings that end the answer (not part of its text); stop_ids: ids that do. logprobs: None for none, n for the
+    chosen token's and the n likeliest; prompt_logprobs the same for the prompt. logit_bias: id to addend. Any sequence
+    will do for `stop` and `stop_ids`; tuples are kept. Raises RequestError with the field's name.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise RequestError("top_p is 0, which leaves no token to choose: give a value above 0", param="top_p")
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: it must be true or false", param="ignore_eos")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_ids", _token_ids("stop_ids", self.stop_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(
+                f"logit_bias is {self.logit_bias!r}: give a map from token id to number", param="logit_bias"
+            )
+        _token_ids("logit_bias", tuple(self.logit_bias))
+        for token, addend in self.logit_bias.items():
+            _check_number(f"logit_bias[{token}]", addend, -100.0, 100.0, param="logit_bias")
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to generate. `prompt`: token ids, at least one. `id`: unique among the engine's live requests."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _token_ids("prompt", self.prompt))
+        if not self.prompt:
+            raise RequestError("prompt is empty: give at least one token", param="prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """The model's own log-probabilities at one position, before temperature and penalties.
+
+    `top`: (id, logprob), likeliest first; the chosen token appears there only if it is among them.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What a request produced: from `Engine.step` what is new since the last one, from `Engine.generate` all of it.
+
+    ids: generated ids only, the one that stopped the answer included. text: their text, None without a tokenizer;
+    while streaming it lags behind ids where a character or a stop string is still incomplete; what stops the answer,
+    string or id, is not part of it. prompt_logprobs: one entry per prompt token, the first None; given once, with the
+    first output.
+    """
+
+    request_id: str
+    ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+
+    def extend(self, later: "Output") -> None:
+        """Appends what came out of the same request after this."""
+        assert later.request_id == self.request_id
+        self.ids += later.ids
+        if later.text is not None:
+            self.text = (self.text or "") + later.text
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = later.prompt_logprobs
+        self.finish_reason = later.finish_reason
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}: it must be an integer from {low} to {high}", param=name)
+
+
+def _check_number(name: str, value: float, low: float, high: float, *, param: str | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}", param=param or name)
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise RequestError(f"stop is {stop!r}: give a list of strings", param="stop")
+    for text in stop:
+        if not isinstance(text, str):
+            raise RequestError(f"stop holds {text!r}: give strings only", param="stop")
+        if not text:
+            raise RequestError("stop holds an empty string, which matches everywhere: leave it out", param="stop")
+    return tuple(stop)
+
+
+def _token_ids(name: str, ids: object) -> tuple[int, ...]:
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
+        raise RequestError(f"{name} is of type {type(ids).__name__}: give a list of token ids", param=name)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise RequestError(f"{name} holds {token!r}: token ids are integers", param=name)
+    return tuple(ids)

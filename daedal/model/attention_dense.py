@@ -1,0 +1,54 @@
+"""Grouped-query attention of the Llama family: SmolLM2 and Llama 3, Qwen2 with biases, Qwen3 with normed heads.
+
+The cache, when there is one, holds keys already rotated. The layer owns no serving state.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from daedal import ops
+from daedal.config import ModelConfig
+from daedal.model.batch import CacheView, RaggedBatch
+from daedal.model.norm import RMSNorm
+from daedal.ops.rows import FlatRows, Rows
+
+
+class DenseAttention(nn.Module):
+    """x_TD to y_TD. `layer` is the layer's index, by which it names its cache slots."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        normed = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else None
+
+    def forward(self, x_TD: Tensor, batch: RaggedBatch, turn: tuple[Tensor, Tensor], cache: CacheView | None) -> Tensor:
+        q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
+        # One rotation for queries and keys: they share positions, and a decode step is bound by launches.
+        heads = q_THK.shape[1]
+        rotated = ops.rotary(torch.cat((q_THK, k_TGK), 1), *turn, interleaved=False)
+        q_THK, k_TGK = rotated[:, :heads], rotated[:, heads:]
+        keys, values = self._remember(k_TGK, v_TGK, batch, cache)
+        o_THK = ops.attention(q_THK, batch.starts, keys, values, scale=self.scale)
+        y_TD: Tensor = self.o_proj(o_THK.flatten(1))
+        return y_TD
+
+    def _remember(self, k_TGK: Tensor, v_TGK: Tensor, batch: RaggedBatch, cache: CacheView | None) -> tuple[Rows, Rows]:
+        if cache is None:
+            return FlatRows(k_TGK, batch.starts), FlatRows(v_TGK, batch.starts)
+        cache.append(self.layer, key=k_TGK, value=v_TGK)
+        stored = cache.read(self.layer)
+        return stored["key"], stored["value"]

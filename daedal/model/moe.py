@@ -1,0 +1,84 @@
+"""The two feed-forward kinds: one gated MLP, and DeepSeekMoE with fine-grained routed and always-on shared experts.
+
+Routing runs in float32 whatever the model's dtype: in bfloat16 near-ties flip experts (DeepSeekMoE, section 3; V2,
+section 2.2; V3, section 2.1.2). The correction bias steers the choice only, never the weights, and is no gradient
+parameter. Dropless: every token reaches all of its experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from daedal import ops
+from daedal.config import ModelConfig
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden: int, width: int, *, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return y_TD
+
+
+class Router(nn.Module):
+    """x_TD to (ids_TA, weights_TA float32)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        biased = config.topk_method == "noaux_tc"
+        self.e_score_correction_bias: Tensor | None
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts) if biased else None)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        return ops.route(
+            logits_TE,
+            self.e_score_correction_bias,
+            scoring=config.scoring_func,
+            method=config.topk_method,
+            num_active=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            normalise=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer, stacked: gate_up_proj [E, 2F, D] with gate rows first, down_proj [E, D, F]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.moe_intermediate_size is not None
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        return ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """x_TD to the sum of its chosen experts and the shared ones."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.moe_intermediate_size is not None
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = GatedMLP(config.hidden_size, width, bias=False) if width else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.experts(x_TD, *self.gate(x_TD))
+        return y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)

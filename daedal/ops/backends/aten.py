@@ -1,0 +1,130 @@
+"""Backend `aten`: the same ops on PyTorch's own fused kernels, on any device that has them.
+
+What it leans on: scaled-dot-product attention that never writes the score matrix, grouped matrix multiplication that
+reads each expert once, fused norms, complex multiplication for rotation. It holds no kernel of its own.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from daedal.ops.registry import REGISTRY
+from daedal.ops.rows import Rows
+
+BACKEND = "aten"
+
+
+@REGISTRY.register("rms_norm", BACKEND)
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+@REGISTRY.register("rotary", BACKEND)
+def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> Tensor:
+    wide = x_THR if x_THR.dtype == torch.float64 else x_THR.float()
+    if interleaved:
+        turn_T1C = torch.complex(cos_TC, sin_TC).to(wide.dtype.to_complex()).unsqueeze(1)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turn_T1C).flatten(-2).to(x_THR.dtype)
+    cos, sin = cos_TC.unsqueeze(1), sin_TC.unsqueeze(1)
+    first, second = wide.chunk(2, -1)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(rotated, -1).to(x_THR.dtype)
+
+
+@REGISTRY.register("swiglu", BACKEND)
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return F.silu(gate_TF) * up_TF
+
+
+def _attention_supports(
+    q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float
+) -> str | None:
+    return "no sequence in the batch" if len(starts) < 2 else None
+
+
+@REGISTRY.register("attention", BACKEND, supports=_attention_supports)
+def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float) -> Tensor:
+    outputs = []
+    for index, (start, end) in enumerate(pairwise(starts)):
+        k_SGK = _heads(keys.sequence(index))
+        if isinstance(values, int):
+            # The whole row serves as its own value: what lies beyond the value part is cut off afterwards, which costs
+            # less than a copy of the latents.
+            v_SGV, value_dim = k_SGK, values
+        else:
+            v_SGV = _heads(values.sequence(index))
+            value_dim = v_SGV.shape[-1]
+        outputs.append(_one_sequence(q_THK[start:end], k_SGK, v_SGV, scale)[..., :value_dim])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _one_sequence(q_tHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, scale: float) -> Tensor:
+    """[t, H, >= V]: columns beyond the value's own hold nothing of meaning."""
+    num_new, num_keys = q_tHK.shape[0], k_SGK.shape[0]
+    k_GSK, v_GSV = k_SGK.transpose(0, 1), v_SGV.transpose(0, 1)
+    # The fused kernel wants one width for queries, keys and values; without it torch falls back to writing out all
+    # scores, which is ten times slower than a padded copy.
+    q_tHK, k_GSK, v_GSV = _same_width(q_tHK, k_GSK, v_GSV)
+    if num_new == 1:
+        # One query per head sees every key: the heads of a group become queries of their key head, and no mask is left.
+        q_GRK = q_tHK.view(k_GSK.shape[0], -1, q_tHK.shape[-1])
+        return _sdpa(q_GRK, k_GSK, v_GSV, scale).reshape(1, q_tHK.shape[1], -1)
+    q_HtK = q_tHK.transpose(0, 1)
+    if num_new == num_keys:
+        return _sdpa(q_HtK, k_GSK, v_GSV, scale, is_causal=True).transpose(0, 1)
+    mask_tS = torch.full((num_new, num_keys), float("-inf"), dtype=q_tHK.dtype, device=q_tHK.device)
+    mask_tS.triu_(num_keys - num_new + 1)
+    return _sdpa(q_HtK, k_GSK, v_GSV, scale, mask=mask_tS).transpose(0, 1)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    grouped = q.shape[0] != k.shape[0]
+    return F.scaled_dot_product_attention(
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=grouped,
+    ).squeeze(0)
+
+
+def _same_width(*tensors: Tensor) -> list[Tensor]:
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+
+
+def _heads(rows: Tensor) -> Tensor:
+    return rows if rows.dim() == 3 else rows.unsqueeze(1)
+
+
+def _experts_supports(
+    x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+) -> str | None:
+    if x_TD.dtype not in (torch.bfloat16, torch.float32):
+        return f"grouped matrix multiplication does not take {x_TD.dtype}"
+    if x_TD.device.type == "cuda" and x_TD.dtype != torch.bfloat16:
+        return "grouped matrix multiplication on CUDA takes bfloat16 only"
+    if any(size * x_TD.element_size() % 16 for size in (down_EDF.shape[1], down_EDF.shape[2])):
+        return "grouped matrix multiplication needs rows of a multiple of 16 bytes"
+    return "no tokens" if x_TD.shape[0] == 0 else None
+
+
+@REGISTRY.register("experts", BACKEND, supports=_experts_supports)
+def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    num_active = ids_TA.shape[1]
+    ids_N = ids_TA.flatten()
+    order_N = ids_N.argsort(stable=True)
+    ends_E = torch.bincount(ids_N, minlength=gate_up_EFD.shape[0]).cumsum(0, dtype=torch.int32)
+    tokens_N = order_N // num_active
+    gate, up = F.grouped_mm(x_TD[tokens_N], gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, -1)
+    result_ND = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=ends_E)
+    weighted_ND = result_ND.float() * weights_TA.flatten()[order_N].unsqueeze(-1)
+    total = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_N, weighted_ND)
+    return total.to(x_TD.dtype)

@@ -1,0 +1,153 @@
+"""Which backend runs an op, and why.
+
+A backend registers implementations of declared ops, each with a predicate that names its reason for declining given
+tensors, or None. Backends are tried in order of preference; the reference always accepts, so every op runs on every
+device. A backend that is absent is listed as absent; one that is present but broken raises at import. Nothing falls
+back in silence: `explain` repeats the choice in words, and `DAEDAL_OPS` or `using` force a backend, which then must be
+able. Knows no op by name.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from daedal.errors import BackendError
+
+Predicate = Callable[..., str | None]
+Implementation = Callable[..., Any]
+F = TypeVar("F", bound=Implementation)
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend's implementation of one op. `supports` returns the reason for declining, or None."""
+
+    backend: str
+    function: Implementation
+    supports: Predicate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `explain` says of one backend for one op: chosen or not, and the reason."""
+
+    op: str
+    backend: str
+    chosen: bool
+    reason: str
+
+
+class Registry:
+    """Ops and their implementations, the fastest first, the reference last."""
+
+    def __init__(self, environment: str | None = None):
+        self._candidates: dict[str, list[Candidate]] = {}
+        self._absent: dict[str, str] = {}
+        self._forced: ContextVar[str | None] = ContextVar("forced_backend", default=environment or None)
+
+    def register(self, op: str, backend: str, *, supports: Predicate | None = None) -> Callable[[F], F]:
+        """Decorator: `function` implements `op` for `backend`, ahead of those registered before it."""
+
+        def add(function: F) -> F:
+            known = self._candidates.setdefault(op, [])
+            assert all(candidate.backend != backend for candidate in known), f"{backend} registers {op} twice"
+            known.insert(0, Candidate(backend, function, supports or _always))
+            return function
+
+        return add
+
+    def absent(self, backend: str, reason: str) -> None:
+        """Notes that a backend that Daedal knows of cannot run here, and why."""
+        self._absent[backend] = reason
+
+    def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs `op` on the first backend that accepts these arguments."""
+        forced = self._forced.get()
+        if forced is not None:
+            return self._forced_candidate(op, forced, *args, **kwargs).function(*args, **kwargs)
+        for candidate in self._candidates[op]:
+            if candidate.supports(*args, **kwargs) is None:
+                return candidate.function(*args, **kwargs)
+        raise AssertionError(f"the reference declined {op}")
+
+    @contextmanager
+    def using(self, backend: str) -> Iterator[None]:
+        """Forces `backend` for every op inside the block. Where it is unable, BackendError."""
+        self._check_known(backend)
+        token = self._forced.set(backend)
+        try:
+            yield
+        finally:
+            self._forced.reset(token)
+
+    def explain(self, op: str, *args: Any, **kwargs: Any) -> list[Choice]:
+        """For each backend of `op`, whether these arguments would run on it, and the reason."""
+        forced = self._forced.get()
+        choices: list[Choice] = []
+        for candidate in self._candidates[op]:
+            declined = candidate.supports(*args, **kwargs)
+            earlier = next((choice.backend for choice in choices if choice.chosen), None)
+            if declined is not None:
+                choices.append(Choice(op, candidate.backend, False, declined))
+            elif forced is not None and candidate.backend != forced:
+                choices.append(Choice(op, candidate.backend, False, f"{forced} is forced"))
+            elif earlier is not None:
+                choices.append(Choice(op, candidate.backend, False, f"{earlier} is preferred"))
+            else:
+                reason = "forced" if forced is not None else "the fastest that supports these tensors"
+                choices.append(Choice(op, candidate.backend, True, reason))
+        choices.extend(Choice(op, backend, False, f"absent: {why}") for backend, why in self._absent.items())
+        return choices
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return tuple(self._candidates)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Every backend that is present, the most preferred first."""
+        seen: dict[str, None] = {}
+        for candidates in self._candidates.values():
+            seen.update({candidate.backend: None for candidate in candidates})
+        return tuple(sorted(seen, key=lambda backend: backend == REFERENCE))
+
+    def candidates(self, op: str) -> tuple[Candidate, ...]:
+        return tuple(self._candidates[op])
+
+    def check_environment(self) -> None:
+        """BackendError where the environment forces a backend that does not exist here."""
+        forced = self._forced.get()
+        if forced is not None:
+            self._check_known(forced)
+
+    def _check_known(self, backend: str) -> None:
+        if backend in self._absent:
+            raise BackendError(f"backend {backend!r} is absent ({self._absent[backend]}): unset DAEDAL_OPS")
+        if backend not in self.backends:
+            known = ", ".join(self.backends)
+            raise BackendError(f"backend {backend!r} is unknown: DAEDAL_OPS may be one of {known}, or unset")
+
+    def _forced_candidate(self, op: str, forced: str, *args: Any, **kwargs: Any) -> Candidate:
+        self._check_known(forced)
+        for candidate in self._candidates[op]:
+            if candidate.backend != forced:
+                continue
+            declined = candidate.supports(*args, **kwargs)
+            if declined is None:
+                return candidate
+            raise BackendError(f"backend {forced!r} is forced but declines {op} ({declined}): unset DAEDAL_OPS")
+        # An op that the forced backend never claimed runs on the reference: forcing chooses among implementations, it
+        # does not promise that a backend has them all. `explain` says so.
+        return next(candidate for candidate in self._candidates[op] if candidate.backend == REFERENCE)
+
+
+def _always(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+REGISTRY = Registry(os.environ.get("DAEDAL_OPS"))

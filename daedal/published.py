@@ -1,0 +1,132 @@
+"""Between published `config.json` files and the fields of `ModelConfig`: families, defaults, legacy spellings.
+
+Everything that a file may say in an older way, or leave unsaid, is settled here in one place, before any check.
+Standard library only.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from daedal.errors import ConfigError
+from daedal.rope import number, rope_from_published
+
+DENSE_FAMILIES = ("llama", "qwen2", "qwen3")
+LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3")
+FAMILIES = DENSE_FAMILIES + LATENT_FAMILIES
+ARCHITECTURES = MappingProxyType(
+    {
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "deepseek_v2": "DeepseekV2ForCausalLM",
+        "deepseek_v3": "DeepseekV3ForCausalLM",
+    }
+)
+
+# What each family's readers assume where the file is silent.
+_SILENT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+        "qwen2": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+        "qwen3": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "head_dim": 128},
+        "deepseek_v2": {
+            "max_position_embeddings": 2048,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "scoring_func": "softmax",
+            "topk_method": "greedy",
+        },
+        "deepseek_v3": {
+            "max_position_embeddings": 4096,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 3,
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+    }
+)
+
+
+def fold(published: Mapping[str, Any]) -> dict[str, Any]:
+    """The published fields under today's names, with each family's silent defaults filled in."""
+    family = published.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"model_type is {family!r}: Daedal reads {known} so far; see docs/unsupported.md")
+    folded = {**_SILENT[family], **published}
+    folded["dtype"] = str(published.get("dtype") or published.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    folded["rope_parameters"] = rope_from_published(folded)
+    heads = folded.get("num_attention_heads")
+    if folded.get("num_key_value_heads") is None or family in LATENT_FAMILIES:
+        # Latent attention has keys for every head; files say all sorts of things here.
+        folded["num_key_value_heads"] = heads
+    if family in LATENT_FAMILIES:
+        _fold_experts(folded)
+        nope, rope = folded.get("qk_nope_head_dim"), folded.get("qk_rope_head_dim")
+        if isinstance(nope, int) and isinstance(rope, int):
+            folded["head_dim"] = nope + rope
+        folded.pop("layer_types", None)
+    elif folded.get("head_dim") is None and isinstance(heads, int) and isinstance(folded.get("hidden_size"), int):
+        folded["head_dim"] = folded["hidden_size"] // max(heads, 1)
+    if folded.get("sliding_window") and folded.get("use_sliding_window", family == "llama"):
+        message = f"sliding_window is {folded['sliding_window']}: {family} with sliding windows is not supported yet"
+        raise ConfigError(f"{message}; see docs/unsupported.md")
+    return folded
+
+
+def _fold_experts(folded: dict[str, Any]) -> None:
+    """Which layers are sparse, from `first_k_dense_replace` and `moe_layer_freq`; absent counts become 0 or 1."""
+    layers = folded.get("num_hidden_layers")
+    first = folded.get("first_k_dense_replace") or 0
+    every = folded.get("moe_layer_freq") or 1
+    for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"):
+        folded[name] = folded.get(name) or 0
+    for name in ("n_group", "topk_group"):
+        folded[name] = folded.get(name) or 1
+    if folded.get("mlp_layer_types") is None and isinstance(layers, int) and layers <= 10**5:
+        if not (isinstance(first, int) and isinstance(every, int) and first >= 0 and every > 0):
+            message = f"first_k_dense_replace is {first!r} and moe_layer_freq {every!r}: both must be whole numbers"
+            raise ConfigError(message)
+        sparse = bool(folded["n_routed_experts"])
+        folded["mlp_layer_types"] = [
+            "sparse" if sparse and layer >= first and layer % every == 0 else "dense" for layer in range(layers)
+        ]
+
+
+def coerce(name: str, annotation: Any, value: Any) -> Any:
+    """JSON's lists become tuples; numbers, strings and booleans are checked against the field's type."""
+    kind = str(annotation)
+    if name == "eos_token_id" and isinstance(value, list):
+        return tuple(number(name, item, int) for item in value)
+    if kind.startswith("tuple"):
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"`{name}` is {value!r}: it must be a list of names")
+        return tuple(value)
+    if kind.startswith("<class 'bool'"):
+        if not isinstance(value, bool):
+            raise ConfigError(f"`{name}` is {value!r}: it must be true or false")
+        return value
+    if "int" in kind and "Mapping" not in kind:
+        return number(name, value, int)
+    if "float" in kind:
+        return number(name, value, float)
+    if "'str'" in kind and not isinstance(value, str):
+        raise ConfigError(f"`{name}` is {value!r}: it must be a string")
+    if "Mapping" in kind and not isinstance(value, Mapping):
+        raise ConfigError(f"`{name}` is {value!r}: it must be an object")
+    return value

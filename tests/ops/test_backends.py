@@ -1,0 +1,211 @@
+"""One test for every op and every backend: outputs and gradients against the reference in float64, odd sizes, empty
+input, rounding without bias. Freshly allocated memory is NaN throughout (see conftest)."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from daedal import ops
+from daedal.errors import BackendError
+from daedal.ops.registry import REFERENCE, REGISTRY
+from daedal.ops.rows import FlatRows, PagedRows
+
+Case = tuple[str, Callable[[Callable[..., Tensor]], list[object]], dict[str, object]]
+
+
+def _starts(counts: list[int]) -> tuple[int, ...]:
+    return tuple(torch.tensor([0, *counts]).cumsum(0).tolist())
+
+
+def _cases() -> Iterator[object]:
+    """(op, maker of arguments from a maker of tensors, keyword arguments)."""
+    for tokens, dim in ((1, 48), (5, 33), (0, 16)):
+        yield pytest.param(
+            "rms_norm", lambda new, t=tokens, d=dim: [new(t, d), new(d), 1e-6], {}, id=f"norm-{tokens}x{dim}"
+        )
+        yield pytest.param(
+            "swiglu", lambda new, t=tokens, d=dim: [new(t, d), new(t, d)], {}, id=f"swiglu-{tokens}x{dim}"
+        )
+    for interleaved in (False, True):
+        for tokens, heads, dim in ((1, 3, 8), (7, 2, 6), (0, 2, 4)):
+
+            def rotation(new: Callable[..., Tensor], t: int = tokens, h: int = heads, d: int = dim) -> list[object]:
+                angle = torch.linspace(0, 9, t * d // 2).view(t, d // 2)
+                return [new(t, h, d), angle.cos(), angle.sin()]
+
+            yield pytest.param("rotary", rotation, {"interleaved": interleaved}, id=f"rotary-{interleaved}-{tokens}")
+    shapes = [
+        ([1], [9], 6, 2, 8, 8),
+        ([4, 1, 3], [4, 7, 9], 6, 3, 8, 5),
+        ([5], [5], 4, 1, 12, 8),
+        ([2, 0], [3, 4], 2, 2, 4, 6),
+    ]
+    for new_tokens, lengths, heads, groups, key, value in shapes:
+
+        def grouped(
+            new: Callable[..., Tensor], n=new_tokens, s=lengths, h=heads, g=groups, k=key, v=value
+        ) -> list[object]:
+            ends = _starts(s)
+            return [new(sum(n), h, k), _starts(n), FlatRows(new(sum(s), g, k), ends), FlatRows(new(sum(s), g, v), ends)]
+
+        def shared(new: Callable[..., Tensor], n=new_tokens, s=lengths, h=heads, k=key) -> list[object]:
+            return [new(sum(n), h, k), _starts(n), FlatRows(new(sum(s), k), _starts(s)), k - 3]
+
+        yield pytest.param("attention", grouped, {"scale": 0.3}, id=f"attention-{new_tokens}-{lengths}")
+        yield pytest.param("attention", shared, {"scale": 0.3}, id=f"attention-latent-{new_tokens}-{lengths}")
+    for tokens, dim, width, num_experts, active in (
+        (1, 16, 8, 5, 2),
+        (9, 24, 12, 4, 4),
+        (6, 7, 5, 6, 3),
+        (0, 16, 8, 4, 2),
+    ):
+
+        def routed(new: Callable[..., Tensor], t=tokens, d=dim, f=width, e=num_experts, a=active) -> list[object]:
+            ids = torch.rand(t, e, generator=torch.Generator().manual_seed(1)).argsort(-1)[:, :a]
+            return [new(t, d), ids, new(t, a), new(e, 2 * f, d), new(e, d, f)]
+
+        yield pytest.param("experts", routed, {}, id=f"experts-{tokens}x{dim}x{width}")
+
+
+CASES = list(_cases())
+FAST = [backend for backend in REGISTRY.backends if backend != REFERENCE]
+
+
+def _run(backend: str, op: str, args: list[object], kwargs: dict[str, object]) -> Tensor:
+    with ops.using(backend):
+        result: Tensor = REGISTRY.call(op, *args, **kwargs)
+    return result
+
+
+def _maker(dtype: torch.dtype, leaves: list[Tensor]) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(7)
+
+    def new(*shape: int) -> Tensor:
+        # The same float32 numbers whatever the dtype of the run.
+        leaf = torch.randn(shape, generator=generator).bfloat16().to(dtype).requires_grad_()
+        leaves.append(leaf)
+        return leaf
+
+    return new
+
+
+def _outcome(backend: str, case: Case, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    op, make, kwargs = case
+    leaves: list[Tensor] = []
+    result = _run(backend, op, make(_maker(dtype, leaves)), kwargs)
+    cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(8)).bfloat16()
+    result.backward(cotangent.to(result.dtype))
+    return result.detach().double(), [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize(("op", "make", "kwargs"), CASES)
+@pytest.mark.parametrize("backend", FAST)
+def test_backend_equals_the_reference_in_float64(
+    backend: str, op: str, make: object, kwargs: dict[str, object]
+) -> None:
+    exact, exact_grads = _outcome(REFERENCE, (op, make, kwargs), torch.float64)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 6e-2)):
+        leaves: list[Tensor] = []
+        candidate = next((found for found in REGISTRY.candidates(op) if found.backend == backend), None)
+        if candidate is None or candidate.supports(*make(_maker(dtype, leaves)), **kwargs) is not None:
+            continue
+        got, grads = _outcome(backend, (op, make, kwargs), dtype)
+        torch.testing.assert_close(got, exact, rtol=tolerance, atol=tolerance)
+        assert len(grads) == len(exact_grads)
+        for mine, theirs in zip(grads, exact_grads, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("backend", REGISTRY.backends)
+def test_rounding_to_bfloat16_has_no_bias(backend: str) -> None:
+    """Errors against float64 fall on both sides alike: their mean is within four standard errors of zero."""
+
+    def make(dtype: torch.dtype) -> list[object]:
+        new = _maker(dtype, [])
+        return [new(64, 256), new(256), 1e-6]
+
+    exact = _run(REFERENCE, "rms_norm", make(torch.float64), {})
+    error = (_run(backend, "rms_norm", make(torch.bfloat16), {}).double() - exact) / exact.abs().clamp_min(1e-6)
+    assert error.std() > 0
+    assert abs(error.mean()) < 4 * error.std() / error.numel() ** 0.5
+
+
+@pytest.mark.parametrize("backend", REGISTRY.backends)
+def test_attention_reads_pages_in_table_order(backend: str) -> None:
+    pool = torch.randn(7, 4, 2, 8)
+    tables, lengths = ((5, 2, 6), (1, 2), (3,)), (10, 8, 4)
+    paged = PagedRows(pool, tables, lengths)
+    flat = FlatRows(torch.cat([paged.sequence(index) for index in range(3)]), _starts(list(lengths)))
+    by_hand = torch.cat((pool[5], pool[2], pool[6]))[:10]
+    assert torch.equal(paged.sequence(0), by_hand)
+    assert paged.sequence(1).data_ptr() == pool[1].data_ptr(), "pages that follow one another are a view"
+    q, starts = torch.randn(6, 4, 8), (0, 3, 5, 6)
+    got = _run(backend, "attention", [q, starts, paged, paged], {"scale": 0.5})
+    wanted = _run(REFERENCE, "attention", [q, starts, flat, flat], {"scale": 0.5})
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    part = paged.select([2, 0])
+    assert part.lengths == (4, 10)
+    assert torch.equal(part.flatten().sequence(1), by_hand)
+
+
+def test_route_breaks_ties_by_the_lowest_index() -> None:
+    settings = {"num_active": 3, "normalise": True, "scale": 2.0, "n_group": 4, "topk_group": 2}
+    logits = torch.zeros(2, 8)
+    ids, weights = ops.route(logits, torch.zeros(8), scoring="sigmoid", method="noaux_tc", **settings)
+    assert ids.tolist() == [[0, 1, 2]] * 2
+    torch.testing.assert_close(weights.sum(-1), torch.full((2,), 2.0))
+    ids, _ = ops.route(logits, None, scoring="softmax", method="group_limited_greedy", **settings)
+    assert ids.tolist() == [[0, 1, 2]] * 2
+
+
+def test_route_bias_steers_the_choice_and_never_the_weights() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    bias = torch.tensor([0.0, 0.0, 0.0, 9.0])
+    settings = {
+        "scoring": "sigmoid",
+        "method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "normalise": False,
+        "scale": 1.0,
+    }
+    ids, weights = ops.route(logits, bias, num_active=2, **settings)
+    assert ids.tolist() == [[3, 0]]
+    torch.testing.assert_close(weights, logits.sigmoid()[:, [3, 0]])
+
+
+def test_groups_are_ranked_by_their_best_two_in_v3_and_their_best_in_v2() -> None:
+    """Group 0 has the single best expert, group 1 the best pair."""
+    logits = torch.tensor([[3.0, -3.0, 2.0, 2.0]])
+    settings = {"num_active": 2, "n_group": 2, "topk_group": 1, "normalise": False, "scale": 1.0}
+    v3, _ = ops.route(logits, torch.zeros(4), scoring="sigmoid", method="noaux_tc", **settings)
+    v2, _ = ops.route(logits, None, scoring="softmax", method="group_limited_greedy", **settings)
+    assert v3.tolist() == [[2, 3]]
+    assert v2.tolist() == [[0, 1]]
+
+
+def test_explain_names_the_choice_and_every_reason() -> None:
+    choices = {choice.backend: choice for choice in ops.explain("rms_norm", torch.ones(1, 4), torch.ones(4), 1e-6)}
+    assert choices["aten"].chosen
+    assert not choices[REFERENCE].chosen
+    assert choices[REFERENCE].reason == "aten is preferred"
+    odd = [
+        torch.ones(1, 7),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+        torch.ones(2, 6, 7),
+        torch.ones(2, 7, 3),
+    ]
+    declined = {choice.backend: choice for choice in ops.explain("experts", *odd)}
+    assert "16 bytes" in declined["aten"].reason
+    assert declined[REFERENCE].chosen
+
+
+def test_a_forced_backend_that_is_unknown_or_unable_is_an_error() -> None:
+    with pytest.raises(BackendError, match="may be one of"), ops.using("cuda-magic"):
+        pass
+    x = torch.ones(1, 7)
+    with ops.using("aten"), pytest.raises(BackendError, match="declines experts"):
+        ops.experts(x, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.ones(2, 6, 7), torch.ones(2, 7, 3))

@@ -1,0 +1,123 @@
+"""Configurations: legacy spellings, round trips, and one clear sentence for each bad field."""
+
+import pytest
+
+from daedal import shapes
+from daedal.config import ModelConfig
+from daedal.errors import ConfigError
+from tests.tiny import FAMILIES, tiny_config, tiny_published
+
+V3 = "deepseek_v3"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_round_trip(family: str) -> None:
+    config = tiny_config(family)
+    assert ModelConfig.from_published(config.to_published()) == config
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ],
+)
+def test_old_rope_spellings_mean_the_new_one(old: dict[str, object]) -> None:
+    new = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64}
+    published = tiny_published(V3)
+    del published["rope_theta"]
+    assert ModelConfig.from_published({**published, **old}) == ModelConfig.from_published(
+        {**published, "rope_parameters": new}
+    )
+
+
+def test_v3_lengthens_the_softmax_scale_and_leaves_the_rotation() -> None:
+    yarn = {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    rope = tiny_config(V3, rope_scaling=yarn).rope_parameters
+    assert rope.length_scale() == pytest.approx(1.8739, abs=1e-4)
+    assert rope.rotation_scale() == 1.0
+
+
+def test_sparse_layers_follow_first_k_and_frequency() -> None:
+    config = tiny_config(V3, num_hidden_layers=6, first_k_dense_replace=1, moe_layer_freq=2)
+    assert config.mlp_layer_types == ("dense", "dense", "sparse", "dense", "sparse", "dense")
+    assert ModelConfig.from_published(config.to_published()) == config
+
+
+def test_v3_shape_has_the_published_size() -> None:
+    config = ModelConfig.from_published(
+        {
+            "model_type": V3,
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+        }
+    )
+    assert sum(slot.numel for slot in shapes.parameters(config)) == 671_026_419_200
+    assert sum(slot.nbytes for slot in shapes.cache(config)) == 70_272
+
+
+BAD = {
+    "hidden_size": (0, "hidden_size"),
+    "vocab_size": (-5, "vocab_size"),
+    "num_hidden_layers": (2**40, "num_hidden_layers"),
+    "num_attention_heads": ("six", "num_attention_heads"),
+    "intermediate_size": (1.5, "intermediate_size"),
+    "rms_norm_eps": (float("nan"), "rms_norm_eps"),
+    "max_position_embeddings": (0, "max_position_embeddings"),
+    "hidden_act": ("gelu", "hidden_act"),
+    "tie_word_embeddings": ("yes", "tie_word_embeddings"),
+    "eos_token_id": (-1, "special token"),
+    "dtype": ("int8", "dtype"),
+    "qk_rope_head_dim": (7, "even"),
+    "n_group": (5, "groups must be of equal size"),
+    "topk_group": (9, "topk_group"),
+    "num_experts_per_tok": (7, "only 6 experts"),
+    "scoring_func": ("softmax", "scoring_func"),
+    "routed_scaling_factor": (float("inf"), "routed_scaling_factor"),
+    "mlp_layer_types": (["dense"], "give one per layer"),
+    "rope_scaling": ({"type": "longrope"}, "longrope"),
+    "quantization_config": ({"quant_method": "awq"}, "awq"),
+    "kv_lora_rank": (0, "kv_lora_rank"),
+    "first_k_dense_replace": ("one", "first_k_dense_replace"),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_a_bad_field_is_named(field: str) -> None:
+    value, message = BAD[field]
+    with pytest.raises(ConfigError, match=message) as caught:
+        tiny_config(V3, **{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(ConfigError, match="multiple"):
+        tiny_config("llama", num_key_value_heads=4)
+    with pytest.raises(ConfigError, match="sliding"):
+        tiny_config("qwen2", use_sliding_window=True, sliding_window=128)
+    with pytest.raises(ConfigError, match="original_max_position_embeddings"):
+        tiny_config(
+            "llama", rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
+        )
+    with pytest.raises(ConfigError, match="norm_topk_prob"):
+        tiny_config("deepseek_v2", norm_topk_prob=True)
+    published = tiny_published("llama")
+    del published["hidden_size"]
+    with pytest.raises(ConfigError, match="`hidden_size` is missing"):
+        ModelConfig.from_published(published)
