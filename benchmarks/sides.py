@@ -1,0 +1,157 @@
+"""The two sides of a benchmark, each in a process of its own: `python sides.py daedal|transformers DIRECTORY DTYPE`.
+
+A side loads a checkpoint by its own loader, then answers requests from standard input, one JSON object a line, on
+standard output. What is asked of both: the time of one decode step or one prefill chunk at a given batch and depth,
+with a cache that is filled with random numbers up to that depth; the logits of a fixed prompt; peak memory. Keeping
+both alive and asking them in turn pairs every figure with its peer's under the same conditions of the machine.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+PROMPT = [(7 * index) % 1000 + 3 for index in range(48)]
+
+
+class Side(Protocol):
+    def prepare(self, batch: int, depth: int, room: int) -> None:
+        """A cache of `batch` sequences filled with random numbers to `depth`, with room for more tokens."""
+
+    def feed(self, tokens: int) -> None:
+        """One forward pass of `tokens` new tokens per sequence, to the choice of each sequence's next token."""
+
+    def cache_bytes(self) -> int:
+        """Bytes allocated for the cache."""
+
+    def logits(self) -> torch.Tensor:
+        """Logits after each token of PROMPT, in one pass, with the weights widened to float32."""
+
+
+class Daedal:
+    PAGE = 16
+
+    def __init__(self, directory: Path, dtype: torch.dtype):
+        from daedal.checkpoint.load import load
+
+        self.model = load(directory, dtype=dtype)
+
+    def prepare(self, batch: int, depth: int, room: int) -> None:
+        from daedal.infer.cache import PagedCache
+
+        self.cache = None
+        whole, tail = -(-depth // self.PAGE), -(-room // self.PAGE) + 1
+        self.cache = PagedCache(
+            self.model.config,
+            num_pages=batch * (whole + tail),
+            page_size=self.PAGE,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        for pools in self.cache.pools.values():
+            for pool in pools.values():
+                pool.normal_()
+        # As a running engine leaves them: prompts contiguous, pages of the answers dealt out in turn.
+        self.tables = [
+            (*range(row * whole, (row + 1) * whole), *range(batch * whole + row, batch * (whole + tail), batch))
+            for row in range(batch)
+        ]
+        self.past = depth
+
+    def feed(self, tokens: int) -> None:
+        from daedal.model.batch import RaggedBatch
+
+        num_sequences = len(self.tables)
+        ids = [PROMPT[position % len(PROMPT)] for position in range(tokens)]
+        pasts, counts = [self.past] * num_sequences, [tokens] * num_sequences
+        batch = RaggedBatch.of([ids] * num_sequences, pasts)
+        last = torch.tensor([end - 1 for end in batch.starts[1:]])
+        self.model(batch, self.cache.view(self.tables, pasts, counts), rows=last).argmax(-1).tolist()
+        self.past += tokens
+
+    def cache_bytes(self) -> int:
+        return self.cache.nbytes
+
+    def logits(self) -> torch.Tensor:
+        return self.model.float().logits(torch.tensor([PROMPT]))[0]
+
+
+class Transformers:
+    def __init__(self, directory: Path, dtype: torch.dtype):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+    def prepare(self, batch: int, depth: int, room: int) -> None:
+        from transformers import DynamicCache
+
+        config = self.model.config
+        self.cache = DynamicCache()
+        if getattr(config, "kv_lora_rank", None):
+            shapes = (1, config.kv_lora_rank), (1, config.qk_rope_head_dim)
+        else:
+            heads = config.num_key_value_heads
+            shapes = (heads, config.head_dim), (heads, config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            rows = [torch.randn(batch, heads, depth, width, dtype=self.model.dtype) for heads, width in shapes]
+            self.cache.update(*rows, layer)
+        self.batch = batch
+
+    def feed(self, tokens: int) -> None:
+        ids = torch.tensor([[PROMPT[position % len(PROMPT)] for position in range(tokens)]] * self.batch)
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output.logits[:, -1].argmax(-1).tolist()
+
+    def cache_bytes(self) -> int:
+        tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def logits(self) -> torch.Tensor:
+        return self.model.float()(torch.tensor([PROMPT])).logits[0]
+
+
+def steps(side: Side, *, batch: int, context: int, tokens: int, seconds: float) -> dict[str, float]:
+    """Seconds of the fastest of several passes of `tokens` per sequence that end near `context`."""
+    room = tokens * (16 if tokens == 1 else 2)
+    side.prepare(batch, context - tokens, room)
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 15):
+        if tokens > 1 and times:
+            side.prepare(batch, context - tokens, room)
+        start = time.perf_counter()
+        side.feed(tokens)
+        times.append(time.perf_counter() - start)
+        if times[-1] > seconds and len(times) >= 2:
+            break
+    return {"seconds": sorted(times)[len(times) // 2], "fastest": min(times), "cache_bytes": side.cache_bytes()}
+
+
+def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
+    if request["ask"] == "steps":
+        return steps(side, **{name: value for name, value in request.items() if name != "ask"})
+    if request["ask"] == "logits":
+        return {"logits": side.logits().tolist()}
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def main() -> None:
+    sides: dict[str, Callable[[Path, torch.dtype], Side]] = {"daedal": Daedal, "transformers": Transformers}
+    name, directory, dtype = sys.argv[1:4]
+    replies = sys.stdout
+    sys.stdout = sys.stderr
+    with torch.inference_mode():
+        started = time.perf_counter()
+        side = sides[name](Path(directory), getattr(torch, dtype))
+        print(json.dumps({"load_seconds": time.perf_counter() - started}), file=replies, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(answer(side, json.loads(line))), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
