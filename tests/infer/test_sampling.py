@@ -1,0 +1,170 @@
+"""Choices against a slow, plain version in float64, and against the chi-square of what they should be."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from daedal.infer.logprobs import token_logprobs
+from daedal.infer.request import SamplingParams
+from daedal.infer.sampling import RowSampler, check_finite, choose, filtered, likeliest
+
+
+def sampler(params: SamplingParams, prompt: tuple[int, ...] = (0,), vocab_size: int = 8) -> RowSampler:
+    return RowSampler(params, prompt, vocab_size=vocab_size, device="cpu")
+
+
+def normalised(logits_V: Tensor, params: SamplingParams) -> dict[int, float]:
+    ids_C, weights_C = filtered(logits_V, params)
+    ids = range(len(weights_C)) if ids_C is None else ids_C.tolist()
+    probabilities = weights_C.double() / weights_C.double().sum()
+    return dict(zip(ids, probabilities.tolist(), strict=True))
+
+
+def plainly(logits: list[float], params: SamplingParams) -> dict[int, float]:
+    """Sorts everything, filters one token at a time."""
+    peak = max(logits)
+    weights = [math.exp((logit - peak) / params.temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if params.top_k:
+        order = order[: params.top_k]
+    mass, before, kept = sum(weights[token] for token in order), 0.0, []
+    for token in order:
+        if before < params.top_p * mass or params.top_p == 1.0:
+            kept.append(token)
+        before += weights[token]
+    kept = [token for token in kept if weights[token] >= params.min_p * weights[order[0]]]
+    total = sum(weights[token] for token in kept)
+    return {token: weights[token] / total for token in kept}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    # Halves, so that ties are common and no filter's border depends on rounding.
+    logits=st.lists(st.integers(-8, 8).map(lambda half: half / 2), min_size=1, max_size=600),
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 0, 1, 2, 5, 300, 700]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-6, 0.123, 0.61, 0.987]),
+    min_p=st.sampled_from([0.0, 0.0, 0.013, 0.37, 1.0]),
+)
+def test_filters_equal_a_plain_version(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = plainly(logits, params)
+    found = normalised(torch.tensor(logits), params)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
+def test_a_wide_nucleus_is_found_in_a_large_vocabulary(top_p: float) -> None:
+    logits_V = torch.randn(50_000, generator=torch.Generator().manual_seed(1))
+    found = normalised(logits_V, SamplingParams(top_p=top_p))
+    probabilities, ids = logits_V.double().softmax(0).sort(descending=True, stable=True)
+    size = int((probabilities.cumsum(0) - probabilities < top_p).sum())
+    # float32 weights may move the border by a token or two of so many.
+    assert abs(len(found) - size) <= 2
+    assert found.keys() == set(ids[: len(found)].tolist())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}],
+    ids=str,
+)
+def test_draws_follow_the_filtered_distribution(changes: dict[str, float]) -> None:
+    params = SamplingParams(seed=11, **changes)
+    logits = [1.0, -0.5, 2.0, 0.0, 2.0, -3.0, 0.7, 1.4]
+    expected = plainly(logits, params)
+    one = sampler(params)
+    num_draws = 3000
+    logits_NV = torch.tensor([logits])
+    counts = dict.fromkeys(range(8), 0)
+    for _ in range(num_draws):
+        counts[choose(logits_NV, [one])[0]] += 1
+    assert {token for token, count in counts.items() if count} <= expected.keys()
+    statistic = sum((counts[token] - num_draws * share) ** 2 / (num_draws * share) for token, share in expected.items())
+    # The 99.9th percentile for 7 degrees of freedom; fewer have a lower one.
+    assert statistic < 24.3
+
+
+def test_a_row_draws_alike_alone_and_among_others() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits_SNV = torch.randn(12, 4, 40, generator=generator) * 2
+    kinds = [
+        SamplingParams(seed=1, top_p=0.9),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3),
+        SamplingParams(seed=-3, temperature=1.7, presence_penalty=0.5, frequency_penalty=0.3, logit_bias={3: 4.0}),
+        SamplingParams(seed=1, top_k=3),
+    ]
+    together = [sampler(params, vocab_size=40) for params in kinds]
+    rows = [choose(logits_NV, together) for logits_NV in logits_SNV]
+    for index, params in enumerate(kinds):
+        alone = sampler(params, vocab_size=40)
+        assert [choose(logits_NV[index : index + 1], [alone])[0] for logits_NV in logits_SNV] == [
+            row[index] for row in rows
+        ]
+
+
+def test_penalties_and_bias() -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        repetition_penalty=2.0,
+        presence_penalty=0.25,
+        frequency_penalty=0.5,
+        logit_bias={0: 1.0, 5: -100.0},
+    )
+    one = sampler(params, prompt=(1, 2, 2), vocab_size=6)
+    logits_V = torch.tensor([1.0, 4.0, -1.0, 3.0, 2.0, 50.0])
+    kept_V = logits_V.clone()
+    assert one.adjusted(logits_V).tolist() == [2.0, 2.0, -2.0, 3.0, 2.0, -50.0]
+    assert choose(logits_V.unsqueeze(0), [one]) == [3]
+    one.observe(3)
+    one.observe(0)
+    assert one.adjusted(logits_V).tolist() == [2.0 / 2 - 0.75, 2.0, -2.0, 3.0 / 2 - 1.25, 2.0, -50.0]
+    assert torch.equal(logits_V, kept_V)
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    logits_V = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 1.0])
+    assert choose(logits_V.expand(2, -1), [sampler(SamplingParams(temperature=0.0)) for _ in range(2)]) == [1, 1]
+    assert likeliest(logits_V, 4).tolist() == [1, 2, 3, 4]
+    assert list(normalised(logits_V, SamplingParams(top_k=3))) == [1, 2, 3]
+    assert list(normalised(logits_V, SamplingParams(top_p=0.7))) == [1, 2, 3]
+    tops = token_logprobs(logits_V.expand(3, -1), [0, 0, 0], [1, 3, 6])
+    assert [[token for token, _ in entry.top] for entry in tops] == [[1], [1, 3, 2], [1, 3, 2, 4, 5, 0]]
+
+
+def test_extreme_temperatures_and_forbidden_tokens() -> None:
+    logits_NV = torch.tensor([[1e30, -1e30, -torch.inf, 1e29]])
+    assert choose(logits_NV, [sampler(SamplingParams(temperature=1e-6, seed=0))]) == [0]
+    narrow = sampler(SamplingParams(temperature=100.0, seed=0))
+    drawn = {choose(torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]), [narrow])[0] for _ in range(60)}
+    assert drawn == {0, 2}
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_broken_logits_are_not_sampled(broken: float) -> None:
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        check_finite(torch.tensor([[0.0, 1.0], [0.0, broken]]))
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        check_finite(torch.full((1, 3), -torch.inf))
+    check_finite(torch.tensor([[0.0, -torch.inf]]))
+    check_finite(torch.zeros(0, 3))
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    logits_NV = torch.randn(150, 30, generator=torch.Generator().manual_seed(2)) * 9
+    exact_NV = logits_NV.double().log_softmax(-1)
+    tokens = [row % 30 for row in range(150)]
+    entries = token_logprobs(logits_NV, tokens, [row % 4 for row in range(150)])
+    for row, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
+        assert entry.id == token
+        assert entry.logprob == pytest.approx(float(exact_NV[row, token]), abs=1e-5)
+        values, ids = exact_NV[row].topk(row % 4)
+        assert [token for token, _ in entry.top] == ids.tolist()
+        assert [logprob for _, logprob in entry.top] == pytest.approx(values.tolist(), abs=1e-5)
