@@ -33,7 +33,7 @@ def load(
 ) -> Transformer:
     """The model of a checkpoint directory, ready to run.
 
-    device: "auto" takes the accelerator that torch sees, else the CPU. dtype: None keeps the checkpoint's own; float32
+    device: "auto" takes the accelerator that torch sees, else the CPU. dtype: None keeps what the files hold; float32
     means full-precision arithmetic, quantised weights expanded exactly. weights: a format to keep weights in; none is
     supported yet besides None. progress: called with (parameters done, parameters in all).
     """
@@ -42,11 +42,11 @@ def load(
     directory = Path(directory)
     config = ModelConfig.read(directory)
     shards = Shards(directory)
-    chosen = dtype or getattr(torch, config.dtype)
-    if chosen not in _PLAIN:
-        raise ConfigError(f"dtype is {chosen}: give torch.bfloat16, float16, float32 or float64")
     slots = parameters(config)
     _check_names(slots, config, shards)
+    chosen = dtype or shards.dtype(next(pieces(slots[0])).name) or getattr(torch, config.dtype)
+    if chosen not in _PLAIN:
+        raise ConfigError(f"dtype is {chosen}: give torch.bfloat16, float16, float32 or float64")
     target = resolve_device(device)
     model = empty(config, device="meta", dtype=chosen)
     for done, slot in enumerate(slots):

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import safetensors
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,6 +19,10 @@ from daedal.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+_PLAIN_FLOATS = MappingProxyType(
+    {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+)
 
 
 class Shards:
@@ -46,6 +51,10 @@ class Shards:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open[self.files[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The element type as stored; None for those that are no plain float."""
+        return _PLAIN_FLOATS.get(self._open[self.files[name]].get_slice(name).get_dtype())
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU, mapped and not copied."""

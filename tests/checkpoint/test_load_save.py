@@ -253,3 +253,11 @@ def test_formats_that_do_not_exist_yet_are_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, "llama")
     with pytest.raises(ConfigError, match="int8"):
         load(tmp_path, weights="int8")
+
+
+def test_without_a_dtype_the_files_decide_and_not_what_config_declares(tmp_path: Path) -> None:
+    """A publisher may declare what a model was trained in beside files that hold more."""
+    save(tiny_model("llama"), tmp_path)
+    _rewrite(tmp_path, dtype="bfloat16")
+    assert load(tmp_path).dtype == torch.float32
+    assert load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
