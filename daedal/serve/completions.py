@@ -1,0 +1,105 @@
+"""`POST /v1/completions`: texts or token ids in, their continuations out, whole or as they come."""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from daedal.infer.request import Output
+from daedal.serve.body import read_object
+from daedal.serve.delivery import EventStream, nobody, unless_gone
+from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, usage
+from daedal.serve.limits import admit, room
+from daedal.serve.logprob_rows import CompletionRows, joined
+from daedal.serve.protocol import CompletionBody, StreamOptions
+from daedal.serve.service import Service
+
+
+class CompletionEndpoint:
+    """The route's handler for one service."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    async def answer(self, request: Request) -> Response:
+        body = CompletionBody.read(await read_object(request))
+        admit(self._service, body)
+        choices = await run_in_threadpool(self._choices, body)
+        num_prompt = sum(len(choice.prompt) for choice in choices[:: body.num_choices])
+        head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self._service.model_name,
+            "system_fingerprint": self._service.fingerprint,
+        }
+        if body.stream:
+            generation = await Generation.begin(self._service, str(head["id"]), choices)
+            return EventStream(generation, self._chunks(generation, choices, num_prompt, head, body))
+        answers = await unless_gone(request, collect(self._service, str(head["id"]), choices))
+        if answers is None:
+            return nobody()
+        pairs = zip(choices, answers, strict=True)
+        return JSONResponse(
+            {
+                **head,
+                "choices": [self._choice(index, *pair, body) for index, pair in enumerate(pairs)],
+                "usage": usage(num_prompt, sum(len(answer.ids) for answer in answers)),
+            }
+        )
+
+    def _choices(self, body: CompletionBody) -> list[Choice]:
+        """n choices for the first prompt, then n for the second, and so on."""
+        tokenizer = self._service.tokenizer
+        choices: list[Choice] = []
+        for given in body.prompt:
+            ids = tuple(tokenizer.encode(given)) if isinstance(given, str) else given
+            text = (given if isinstance(given, str) else tokenizer.decode(list(given))) if body.echo else ""
+            max_tokens = room(self._service, ids, body.asked_tokens(), param="prompt")
+            for index in range(body.num_choices):
+                params = body.sampling(
+                    choice=index, max_tokens=max_tokens, logprobs=body.logprobs, echo=bool(body.echo)
+                )
+                choices.append(Choice(prompt=ids, params=params, text=text))
+        return choices
+
+    def _choice(self, index: int, choice: Choice, answer: Answer, body: CompletionBody) -> dict[str, object]:
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = CompletionRows(self._service.tokenizer, len(choice.text)).rows(answer.ids, answer.logprobs)
+            if body.echo:
+                logprobs = joined(self._prompt_rows(choice, answer), logprobs)
+        text = choice.text + answer.text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+
+    def _prompt_rows(self, choice: Choice, answer: Answer | Output) -> dict[str, list[object]]:
+        return CompletionRows(self._service.tokenizer).rows(choice.prompt, answer.prompt_logprobs or ())
+
+    async def _chunks(
+        self,
+        generation: Generation,
+        choices: list[Choice],
+        num_prompt: int,
+        head: Mapping[str, object],
+        body: CompletionBody,
+    ) -> AsyncIterator[Mapping[str, object]]:
+        options = body.stream_options or StreamOptions()
+        followed = [CompletionRows(self._service.tokenizer, len(choice.text)) for choice in choices]
+        begun: set[int] = set()
+        async for index, output in generation:
+            text = output.text or ""
+            rows = followed[index].rows(output.ids, output.logprobs or ()) if body.logprobs is not None else None
+            if body.echo and index not in begun:
+                text = choices[index].text + text
+                if rows is not None:
+                    rows = joined(self._prompt_rows(choices[index], output), rows)
+            begun.add(index)
+            if not text and not (rows and rows["tokens"]) and output.finish_reason is None:
+                continue
+            choice = {"index": index, "text": text, "logprobs": rows, "finish_reason": output.finish_reason}
+            tally = usage(num_prompt, generation.num_generated) if options.continuous_usage_stats else None
+            yield {**head, "choices": [choice], "usage": tally}
+        if options.include_usage:
+            yield {**head, "choices": [], "usage": usage(num_prompt, generation.num_generated)}

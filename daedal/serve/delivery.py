@@ -1,0 +1,75 @@
+"""How an answer reaches its client, and what happens when the client leaves: its requests are cancelled.
+
+A whole answer is awaited while the connection is watched; a streamed one goes out as server-sent events, as Starlette
+sends any stream. Knows nothing of what an answer holds.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from daedal.serve.errors import as_api_error
+from daedal.serve.generation import Generation
+
+T = TypeVar("T")
+
+CLIENT_CLOSED_REQUEST = 499  # never seen by anyone: the client has left
+
+
+async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T | None:
+    """The result of `work`; None, with `work` cancelled, when the client leaves before. The body must be read."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def nobody() -> Response:
+    """The answer to a client that has left."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that cancel their generation however they end: finished, failed, or nobody listens.
+
+    An exception while the answer is under way becomes one event with an error object. `[DONE]` always comes last.
+    """
+
+    def __init__(self, generation: Generation, chunks: AsyncIterator[Mapping[str, object]]):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(_events(chunks), media_type="text/event-stream", headers=headers)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+async def _events(chunks: AsyncIterator[Mapping[str, object]]) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except Exception as error:
+        yield _event(as_api_error(error).body())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: Mapping[str, object]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

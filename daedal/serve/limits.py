@@ -1,0 +1,43 @@
+"""Whether a request can be taken at all: is the server ready, is the model the one served, does the prompt fit.
+
+Knows nothing of how answers are made. What only the engine can judge, such as ids beyond the vocabulary, it refuses
+itself.
+"""
+
+from collections.abc import Sequence
+
+from daedal.serve.errors import ApiError
+from daedal.serve.protocol import GenerationBody
+from daedal.serve.service import Service
+
+
+def admit(service: Service, body: GenerationBody) -> None:
+    """Refuses what names another model, or comes before the server is ready."""
+    if not service.ready:
+        headers = {"Retry-After": "1"}
+        sentence = "the server is not ready: try again shortly"
+        raise ApiError(503, sentence, code="unavailable", kind="server_error", headers=headers)
+    if body.model is not None and body.model != service.model_name:
+        raise unknown_model(service, body.model)
+
+
+def unknown_model(service: Service, name: str) -> ApiError:
+    sentence = f"the model {name[:100]!r} is not served here: use {service.model_name!r}"
+    return ApiError(404, sentence, param="model", code="model_not_found")
+
+
+def room(service: Service, prompt: Sequence[int], asked: int | None, *, param: str) -> int:
+    """Tokens that the answer may have: what was asked, or what the context has left; ApiError where that is none."""
+    context = service.max_context
+    if not prompt:
+        raise ApiError(400, f"{param} has no tokens: give some text", param=param)
+    if asked is not None and asked > context:
+        sentence = f"max_tokens is {asked if asked < 10**20 else 'huge'}, the context is {context}: ask for less"
+        raise ApiError(400, sentence, param="max_tokens", code="context_length_exceeded")
+    left = context - len(prompt)
+    if left <= 0:
+        sentence = (
+            f"the prompt has {len(prompt)} tokens, the context is {context} and needs room for an answer: shorten it"
+        )
+        raise ApiError(400, sentence, param=param, code="context_length_exceeded")
+    return left if asked is None else min(asked, left)

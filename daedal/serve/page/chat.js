@@ -1,0 +1,302 @@
+// The chat page: keeps the conversation, sends it, shows the answer as it comes, and the live line below.
+
+import { render } from "./markdown.js";
+
+const SAMPLING = { temperature: 0.6, top_p: 0.95 };
+const IDLE_POLL_MS = 5000;
+const BUSY_POLL_MS = 1000;
+const SOON_MS = 300; // for the server to notice that a stopped answer is not wanted any more
+const NEAR_BOTTOM_PX = 80;
+
+const byId = (id) => document.getElementById(id);
+const scroller = byId("scroller");
+const conversation = byId("conversation");
+const input = byId("input");
+
+let messages = []; // {role, content}, as the API takes them
+let running = null; // the AbortController of the answer under way
+let canChat = true;
+
+async function send(text) {
+  const question = { role: "user", content: text };
+  const asked = [...messages, question];
+  const controller = new AbortController();
+  setRunning(controller);
+  showError("");
+  byId("welcome").hidden = true;
+  const turn = addTurn("user");
+  turn.textContent = text;
+  const answer = new Answer(addTurn("assistant"));
+  scrollToEnd();
+  let problem = "";
+  try {
+    await receive(asked, controller.signal, answer);
+  } catch (error) {
+    if (!controller.signal.aborted) problem = error.message || "The connection to the server was lost: try again.";
+  }
+  if (running !== controller) return; // a new chat was begun meanwhile
+  answer.finish(controller.signal.aborted);
+  if (answer.text || controller.signal.aborted) {
+    messages = [...asked, { role: "assistant", content: answer.text }];
+  } else if (problem) {
+    turn.remove();
+    answer.element.remove();
+    input.value = text;
+    byId("welcome").hidden = messages.length > 0;
+  } else {
+    messages = [...asked, { role: "assistant", content: "" }];
+  }
+  showError(problem);
+  setRunning(null);
+}
+
+async function receive(asked, signal, answer) {
+  const body = {
+    messages: asked,
+    stream: true,
+    stream_options: { include_usage: true, continuous_usage_stats: true },
+    ...SAMPLING,
+  };
+  const response = await fetch("/v1/chat/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+  if (!response.ok) throw new Error(await refusal(response));
+  for await (const chunk of events(response.body)) {
+    if (chunk.error) throw new Error(sentence(chunk.error.message));
+    answer.take(chunk);
+  }
+}
+
+async function refusal(response) {
+  try {
+    return sentence((await response.json()).error.message);
+  } catch {
+    return `The server answered with status ${response.status}.`;
+  }
+}
+
+function sentence(message) {
+  const text = message.charAt(0).toUpperCase() + message.slice(1);
+  return /[.!?]$/.test(text) ? text : `${text}.`;
+}
+
+// Server-sent events, each one JSON object, until `[DONE]`.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("The server ended the answer early: try again.");
+    const parts = (rest + value).split(/\r?\n\r?\n/);
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part
+        .split(/\r?\n/)
+        .filter((line) => line.startsWith("data:"))
+        .map((line) => line.slice(5).trim())
+        .join("\n");
+      if (data === "[DONE]") return;
+      if (data) yield JSON.parse(data);
+    }
+  }
+}
+
+class Answer {
+  constructor(element) {
+    this.element = element;
+    this.text = "";
+    this.firstAt = 0;
+    this.firstCount = 0;
+    this.framed = false;
+    element.classList.add("waiting");
+  }
+
+  take(chunk) {
+    const count = chunk.usage?.completion_tokens ?? 0;
+    if (count) this.measure(count);
+    const piece = chunk.choices[0]?.delta.content;
+    if (!piece) return;
+    this.text += piece;
+    if (this.framed) return;
+    this.framed = true;
+    requestAnimationFrame(() => this.draw());
+  }
+
+  // Tokens per second since the first one: the prompt's time is not the answer's speed.
+  measure(count) {
+    const now = performance.now();
+    if (!this.firstAt) {
+      this.firstAt = now;
+      this.firstCount = count;
+    } else if (count > this.firstCount) {
+      const perSecond = ((count - this.firstCount) * 1000) / (now - this.firstAt);
+      byId("live-speed").textContent = `${perSecond.toFixed(perSecond < 100 ? 1 : 0)} tokens/s`;
+    }
+  }
+
+  draw() {
+    this.framed = false;
+    if (!running) return;
+    const follow = atEnd();
+    this.element.classList.remove("waiting");
+    this.element.classList.add("growing");
+    this.element.replaceChildren(render(this.text));
+    if (follow) scrollToEnd();
+  }
+
+  finish(stopped) {
+    const follow = atEnd();
+    this.element.classList.remove("waiting", "growing");
+    this.element.replaceChildren(render(this.text));
+    if (stopped) this.element.append(note("Stopped."));
+    else if (!this.text.trim()) this.element.append(note("The model gave an empty answer."));
+    if (follow) scrollToEnd();
+  }
+}
+
+function note(text) {
+  const element = document.createElement("p");
+  element.className = "note";
+  element.textContent = text;
+  return element;
+}
+
+function addTurn(role) {
+  const element = document.createElement("div");
+  element.className = `turn ${role}`;
+  element.setAttribute("aria-label", role === "user" ? "You" : "Model");
+  element.setAttribute("role", "article");
+  conversation.append(element);
+  return element;
+}
+
+function setRunning(controller) {
+  running = controller;
+  conversation.setAttribute("aria-busy", String(Boolean(controller)));
+  byId("send").hidden = Boolean(controller);
+  byId("stop").hidden = !controller;
+  fit();
+  pollIn(SOON_MS);
+}
+
+function showError(text) {
+  byId("error").textContent = text;
+  byId("error").hidden = !text;
+}
+
+function fit() {
+  byId("send").disabled = !canChat || !input.value.trim();
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight}px`;
+}
+
+function atEnd() {
+  return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_BOTTOM_PX;
+}
+
+function scrollToEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+}
+
+function submit() {
+  const text = input.value.trim();
+  if (!text || running || !canChat) return;
+  input.value = "";
+  send(text);
+}
+
+function newChat() {
+  const controller = running;
+  messages = [];
+  setRunning(null);
+  controller?.abort();
+  conversation.replaceChildren();
+  byId("welcome").hidden = false;
+  showError("");
+  input.focus();
+}
+
+let timer = 0;
+
+async function poll() {
+  if (!document.hidden) {
+    try {
+      const response = await fetch("/stats");
+      if (response.ok) showStats(await response.json());
+    } catch {
+      byId("live-cache").textContent = "The server does not answer";
+    }
+  }
+  pollIn(running ? BUSY_POLL_MS : IDLE_POLL_MS);
+}
+
+function pollIn(milliseconds) {
+  clearTimeout(timer);
+  timer = setTimeout(poll, milliseconds);
+}
+
+function showStats(stats) {
+  byId("model").textContent = stats.model;
+  byId("model").title = stats.model;
+  document.title = `${stats.model} – Daedal`;
+  byId("live-cache").textContent = `${bytes(stats.kv_bytes_used)} of ${bytes(stats.kv_bytes_total)} KV cache`;
+  if (stats.total_params && stats.active_params) {
+    const share = (100 * stats.active_params) / stats.total_params;
+    const shown = share.toFixed(share < 10 ? 1 : 0);
+    byId("live-active").textContent = `${shown}% of ${amount(stats.total_params)} parameters active`;
+    byId("live-active-item").hidden = false;
+  }
+  if (canChat && !stats.chat) {
+    canChat = false;
+    input.disabled = true;
+    input.placeholder = "This model has no chat format";
+    showError("This model completes text but has no chat format: use /v1/completions.");
+    fit();
+  }
+}
+
+function bytes(count) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let value = count;
+  let unit = 0;
+  while (value >= 1024 && unit < units.length - 1) {
+    value /= 1024;
+    unit += 1;
+  }
+  return `${value.toFixed(unit && value < 10 ? 1 : 0)} ${units[unit]}`;
+}
+
+function amount(count) {
+  const short = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+  if (count >= 1e9) return `${short.format(count / 1e9)} B`;
+  if (count >= 1e6) return `${short.format(count / 1e6)} M`;
+  return short.format(count);
+}
+
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+byId("stop").addEventListener("click", () => {
+  running?.abort();
+  input.focus();
+});
+byId("new-chat").addEventListener("click", newChat);
+input.addEventListener("input", fit);
+input.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    submit();
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) poll();
+});
+fit();
+poll();
