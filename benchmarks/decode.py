@@ -96,9 +96,7 @@ class Process:
 
 def measure(sides: dict[str, Process], batches: list[int], contexts: list[int], seconds: float) -> list[dict[str, Any]]:
     """One row per phase, batch and context: tokens per second of each side, their ratio, cache bytes."""
-    cases = [
-        (phase, batch, context) for phase in ("decode", "prefill") for batch in batches for context in contexts
-    ]
+    cases = [(phase, batch, context) for phase in ("decode", "prefill") for batch in batches for context in contexts]
     rows = []
     for phase, batch, context in track(cases, description="measuring", console=Console(stderr=True)):
         tokens = 1 if phase == "decode" else min(context, 512 if batch == 1 else 128)
@@ -147,7 +145,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def circumstances() -> dict[str, Any]:
     """What a figure is worth nothing without."""
     root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
     flags = torch.backends.cpu.get_cpu_capability()
     return {
         "commit": commit.stdout.strip() or "unknown",

@@ -62,12 +62,20 @@ def test_serves_a_request(tmp_path: Path, family: str) -> None:
         chat_template=ChatTemplate.load(directory),
         model_name="tiny",
     )
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "good fortune"}], "max_tokens": 5, "temperature": 0}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "good fortune"}],
+        "max_tokens": 5,
+        "temperature": 0,
+    }
 
     async def ask() -> httpx.Response:
         app = build_app(service)
         transport = httpx.ASGITransport(app=app)
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://tiny") as web:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://tiny") as web,
+        ):
             await service.warmed.wait()
             return await web.post("/v1/chat/completions", json=body)
 

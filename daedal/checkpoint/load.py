@@ -14,7 +14,7 @@ from torch import Tensor
 from daedal.checkpoint.names import SCALE_SUFFIX, Piece, is_beside, pieces
 from daedal.checkpoint.shards import Shards
 from daedal.config import ModelConfig
-from daedal.errors import CheckpointError, ConfigError
+from daedal.errors import BackendError, CheckpointError, ConfigError
 from daedal.model.transformer import Transformer, empty
 from daedal.ops.formats import FP8, dequantise_blocks
 from daedal.shapes import Slot, parameters
@@ -60,13 +60,18 @@ def load(
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """The device that a name stands for; "auto" is the accelerator that torch sees, else the CPU."""
+    """The device called so; "auto" is the accelerator where there is one. BackendError where it is not here."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return accelerator or torch.device("cpu")
+    present = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device is {device!r}: give auto, cpu, cuda, npu, xpu or mps") from error
+        raise BackendError(f"device is {device!r}, which torch cannot read: write it as cpu, cuda or cuda:1") from error
+    if chosen.type not in present:
+        raise BackendError(f"device is {str(device)!r}, this machine has {' and '.join(present)}: give one, or auto")
+    return chosen
 
 
 def _check_names(slots: list[Slot], config: ModelConfig, shards: Shards) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from daedal import ops
 from daedal.config import ModelConfig
 from daedal.model.batch import CacheView, RaggedBatch
+from daedal.model.linear import Linear
 from daedal.model.norm import RMSNorm
 from daedal.ops.rows import FlatRows, Rows
 
@@ -23,10 +24,10 @@ class DenseAttention(nn.Module):
         self.scale = config.head_dim**-0.5
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.output_bias)
         normed = config.model_type == "qwen3"
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from daedal import ops
 from daedal.config import ModelConfig
 from daedal.model.batch import CacheView, RaggedBatch
+from daedal.model.linear import Linear
 from daedal.model.norm import RMSNorm
 from daedal.ops.rows import FlatRows, Rows
 
@@ -36,16 +37,16 @@ class LatentAttention(nn.Module):
         self.scale = config.head_dim**-0.5 * config.rope_parameters.length_scale()
         hidden, queries, bias = config.hidden_size, self.num_heads * config.head_dim, config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, queries, bias=False)
+            self.q_proj = Linear(hidden, queries, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, queries, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, bias=False)
         self.has_query_latent = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=bias)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.value, hidden, bias=bias)
+        self.kv_b_proj = Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(self.num_heads * self.value, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor, batch: RaggedBatch, turn: tuple[Tensor, Tensor], cache: CacheView | None) -> Tensor:
         q_TD = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if self.has_query_latent else self.q_proj(x_TD)

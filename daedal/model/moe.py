@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
+from daedal.model.linear import Linear
 
 
 class GatedMLP(nn.Module):
@@ -18,9 +19,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden: int, width: int, *, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=bias)
-        self.up_proj = nn.Linear(hidden, width, bias=bias)
-        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, width, bias=bias)
+        self.up_proj = Linear(hidden, width, bias=bias)
+        self.down_proj = Linear(width, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TD: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))

@@ -7,6 +7,7 @@ translation; routed experts are stacked. The list of parameters is `shapes.param
 import torch
 from torch import Tensor, nn
 
+from daedal import ops
 from daedal.config import ModelConfig
 from daedal.errors import RequestError
 from daedal.model.attention_dense import DenseAttention
@@ -47,12 +48,15 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Given its weight, the module draws no random numbers, for which the meta device would import a compiler.
+        rows = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self._widened: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def forward(
         self,
@@ -77,9 +81,22 @@ class Transformer(nn.Module):
         return x_TD if hidden else self.head(x_TD)
 
     def head(self, hidden_TD: Tensor) -> Tensor:
-        """Normed hidden states to logits_TV in float32 (float64 stays)."""
-        logits_TV: Tensor = self.lm_head(hidden_TD)
-        return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+        """Normed hidden states to logits_TV in float32, never rounded to fewer bits in between (float64 stays)."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return ops.linear(hidden_TD.to(wide), self._wide_head(wide))
+
+    def _wide_head(self, dtype: torch.dtype) -> Tensor:
+        """The head's weights in `dtype`. While gradients are off a widened copy is kept, until the weights change.
+
+        bfloat16 has 8 bits: logits near 25 would fall on steps of 0.125, and the best two tokens would often tie.
+        """
+        weight = self.lm_head.weight
+        if weight.dtype == dtype or torch.is_grad_enabled():
+            return weight.to(dtype)
+        version = (id(weight), weight._version, weight.device)
+        if self._widened is None or self._widened[0] != version:
+            self._widened = (version, weight.detach().to(dtype))
+        return self._widened[1]
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """[B, T, V] float32 for a rectangular batch of int64 ids, no cache; differentiable when gradients are on."""
@@ -132,7 +149,8 @@ def empty(
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.data = buffer.data.float()
-    model.to_empty(device=device)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()

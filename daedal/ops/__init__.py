@@ -20,6 +20,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return result
 
 
+def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x weight^T + bias over the last axis, accumulated in float32 at least, result in x's dtype. T may be 0."""
+    result: Tensor = REGISTRY.call("linear", x_TD, weight_FD, bias_F)
+    return result
+
+
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> Tensor:
     """Rotates each pair of the last axis by its position's angle (RoFormer, 3.2.2).
 
@@ -106,6 +112,7 @@ __all__ = [
     "attention",
     "experts",
     "explain",
+    "linear",
     "rms_norm",
     "rotary",
     "route",

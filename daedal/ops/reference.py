@@ -20,6 +20,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (scaled * weight_D).to(x_TD.dtype)
 
 
+@REGISTRY.register("linear", REFERENCE)
+def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    y_TF = _wide(x_TD) @ _wide(weight_FD).T
+    return (y_TF if bias_F is None else y_TF + bias_F).to(x_TD.dtype)
+
+
 @REGISTRY.register("rotary", REFERENCE)
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> Tensor:
     x = _wide(x_THR)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from daedal.checkpoint.load import load
 from daedal.checkpoint.save import save
-from daedal.errors import CheckpointError, ConfigError
+from daedal.errors import BackendError, CheckpointError, ConfigError
 from daedal.ops.formats import dequantise_blocks, quantise_blocks
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_published
 
@@ -261,3 +261,10 @@ def test_without_a_dtype_the_files_decide_and_not_what_config_declares(tmp_path:
     _rewrite(tmp_path, dtype="bfloat16")
     assert load(tmp_path).dtype == torch.float32
     assert load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["abacus", "cpu:x", "npu"])
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path, name: str) -> None:
+    tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(BackendError, match=f"device is '{name}'"):
+        load(tmp_path, device=name)

@@ -122,3 +122,15 @@ def test_initialise_repeats_with_its_seed() -> None:
     first, second = (initialise(tiny_model("deepseek_v3"), seed=4).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert 0.015 < first["layers.1.mlp.experts.gate_up_proj"].std() < 0.025
+
+
+def test_bfloat16_logits_are_not_rounded_to_bfloat16_and_follow_the_weights() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    batch = RaggedBatch.of([[5, 6, 7]])
+    with torch.no_grad():
+        logits_TV = model(batch)
+        assert (logits_TV != logits_TV.bfloat16().float()).any()
+        exact = model(batch, hidden=True).double() @ model.lm_head.weight.double().T
+        torch.testing.assert_close(logits_TV.double(), exact, rtol=1e-5, atol=1e-5)
+        model.lm_head.weight.mul_(2)
+        torch.testing.assert_close(model(batch), 2 * logits_TV)

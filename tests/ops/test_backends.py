@@ -25,6 +25,12 @@ def _cases() -> Iterator[object]:
         yield pytest.param(
             "rms_norm", lambda new, t=tokens, d=dim: [new(t, d), new(d), 1e-6], {}, id=f"norm-{tokens}x{dim}"
         )
+        for biased in (False, True):
+
+            def projection(new: Callable[..., Tensor], t: int = tokens, d: int = dim, b: bool = biased) -> list[object]:
+                return [new(t, d), new(9, d), new(9) if b else None]
+
+            yield pytest.param("linear", projection, {}, id=f"linear-{biased}-{tokens}x{dim}")
         yield pytest.param(
             "swiglu", lambda new, t=tokens, d=dim: [new(t, d), new(t, d)], {}, id=f"swiglu-{tokens}x{dim}"
         )
@@ -76,6 +82,10 @@ FAST = [backend for backend in REGISTRY.backends if backend != REFERENCE]
 def _run(backend: str, op: str, args: list[object], kwargs: dict[str, object]) -> Tensor:
     with ops.using(backend):
         result: Tensor = REGISTRY.call(op, *args, **kwargs)
+        with torch.no_grad():
+            again = REGISTRY.call(op, *args, **kwargs)
+    tolerance = 2e-2 if result.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(again, result.detach(), rtol=tolerance, atol=tolerance)
     return result
 
 

@@ -21,6 +21,21 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
 
+@REGISTRY.register("linear", BACKEND)
+def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    if (
+        x_TD.shape[0] == 1
+        and x_TD.dtype == torch.bfloat16
+        and x_TD.device.type == "cpu"
+        and not torch.is_grad_enabled()
+    ):
+        # One row in bfloat16 is a matrix-vector product, for which torch's CPU build has a kernel of its own; the path
+        # of F.linear reads weights a quarter slower.
+        y_1F = torch.mv(weight_FD, x_TD[0]).unsqueeze(0)
+        return y_1F if bias_F is None else y_1F + bias_F
+    return F.linear(x_TD, weight_FD, bias_F)
+
+
 @REGISTRY.register("rotary", BACKEND)
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> Tensor:
     wide = x_THR if x_THR.dtype == torch.float64 else x_THR.float()

@@ -1,0 +1,1 @@
+"""The command line: one module per verb. Heavy rooms are imported when a verb runs, so that help is instant."""

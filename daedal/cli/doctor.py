@@ -1,0 +1,210 @@
+"""`daedal doctor`: what silicon is here, which implementation of each op was chosen and why, and where things are kept.
+
+Reports and changes nothing. Why a backend declines is the backend's own sentence, read through `ops.explain`.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypedDict
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from daedal import __version__
+from daedal.cli.op_samples import samples
+from daedal.cli.precision import choose_dtype, cpu_capabilities
+from daedal.cli.units import in_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+VARIABLES = {
+    "DAEDAL_CACHE": "where fetched models are kept",
+    "DAEDAL_OPS": "forces one backend for every op",
+    "DAEDAL_LOG": "level of the log: debug, info, warning, error",
+}
+NOTABLE_FEATURES = (
+    "avx2",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "neon",
+    "bf16",
+    "sve",
+    "sme",
+)
+
+
+class OpChoice(TypedDict):
+    """One backend for one op."""
+
+    op: str
+    backend: str
+    chosen: bool
+    reason: str
+
+
+class Diagnosis(TypedDict):
+    """What `--json` prints."""
+
+    daedal: str
+    python: str
+    platform: str
+    torch: str
+    threads: int
+    devices: list[str]
+    device: str
+    dtype: str
+    dtype_reason: str
+    cpu_features: list[str]
+    ops: list[OpChoice]
+    variables: dict[str, str | None]
+    cache: str
+    cache_free_bytes: int
+    models: list[str]
+    packages: dict[str, str | None]
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Say what this machine has, and what Daedal chose for it."""
+    found = diagnose()
+    _show(found, Console())
+    if as_json:
+        print(json.dumps(found))
+
+
+def diagnose() -> Diagnosis:
+    """Looks at the machine; BackendError where DAEDAL_OPS forces what is not here."""
+    import torch
+
+    from daedal.checkpoint.load import resolve_device
+    from daedal.checkpoint.sources import cache_directory
+
+    device = resolve_device("auto")
+    precision = choose_dtype("auto", device)
+    capabilities = cpu_capabilities() or {}
+    cache = cache_directory()
+    return Diagnosis(
+        daedal=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        devices=_devices(),
+        device=str(device),
+        dtype=str(precision.dtype).removeprefix("torch."),
+        dtype_reason=precision.reason,
+        cpu_features=[name for name in NOTABLE_FEATURES if capabilities.get(name)],
+        ops=op_choices(device, precision.dtype),
+        variables={name: os.environ.get(name) for name in VARIABLES},
+        cache=str(cache),
+        cache_free_bytes=_free_bytes(cache),
+        models=sorted(path.parent.name for path in cache.glob("models/*/config.json")),
+        packages=_packages(),
+    )
+
+
+def op_choices(device: "torch.device", dtype: "torch.dtype") -> list[OpChoice]:
+    """For every op and backend: whether a decode step would run on it, and the reason."""
+    from daedal import ops
+
+    choices: list[OpChoice] = []
+    for op, (arguments, keywords) in samples(device, dtype).items():
+        for choice in ops.explain(op, *arguments, **keywords):
+            choices.append(OpChoice(op=op, backend=choice.backend, chosen=choice.chosen, reason=choice.reason))
+    return choices
+
+
+def _devices() -> list[str]:
+    import torch
+
+    cpu = f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return [cpu]
+    return [cpu, *(_accelerator(accelerator.type, index) for index in range(torch.accelerator.device_count()))]
+
+
+def _accelerator(kind: str, index: int) -> str:
+    import torch
+
+    if kind != "cuda":
+        return f"{kind}:{index}"
+    properties = torch.cuda.get_device_properties(index)
+    return f"cuda:{index}: {properties.name}, {in_bytes(properties.total_memory)}"
+
+
+def _free_bytes(directory: Path) -> int:
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _packages() -> dict[str, str | None]:
+    """Version of every package that Daedal may use, None for one that is absent; empty in a bare source tree."""
+    try:
+        requirements = [item for item in metadata.requires("daedal") or [] if not item.endswith('extra == "dev"')]
+    except metadata.PackageNotFoundError:
+        return {}
+    names = {re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0] for requirement in requirements} - {"daedal"}
+    return {name: _version(name) for name in sorted(names)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _show(found: Diagnosis, console: Console) -> None:
+    _pairs(
+        console,
+        "machine",
+        [
+            ("daedal", f"{found['daedal']} on Python {found['python']}, {found['platform']}"),
+            ("torch", f"{found['torch']}, {found['threads']} threads"),
+            *(("device", device) for device in found["devices"]),
+            ("CPU features", ", ".join(found["cpu_features"]) or "none that matter here"),
+            ("chosen", f"{found['device']} in {found['dtype']}: {found['dtype_reason']}"),
+        ],
+    )
+    ops = Table(title="ops, for a decode step", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("op", "backend", "", "reason"):
+        ops.add_column(column)
+    for choice in found["ops"]:
+        mark, style = ("chosen", "bold") if choice["chosen"] else ("", "dim")
+        ops.add_row(choice["op"], choice["backend"], mark, choice["reason"], style=style)
+    console.print(ops)
+    _pairs(
+        console,
+        "variables",
+        [(f"{name} ({VARIABLES[name]})", value or "unset") for name, value in found["variables"].items()],
+    )
+    _pairs(
+        console,
+        "cache",
+        [
+            ("directory", f"{found['cache']}, {in_bytes(found['cache_free_bytes'])} free"),
+            ("models", ", ".join(found["models"]) or "none yet"),
+        ],
+    )
+    if found["packages"]:
+        _pairs(console, "packages", [(name, version or "absent") for name, version in found["packages"].items()])
+
+
+def _pairs(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE)
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)

@@ -1,0 +1,50 @@
+"""Fetching a model while a bar on stderr says how far it is. What is fetched, and from where, `checkpoint` decides."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class FetchDisplay:
+    """A progress function for `checkpoint.sources`: sentences become lines, counted work becomes bars."""
+
+    def __init__(self, bars: Progress):
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, message: str, done: int = 0, total: int = 0, /) -> None:
+        if total <= 0:
+            self._bars.console.print(message, markup=False, highlight=False)
+            return
+        if not self._tasks:
+            self._bars.start()
+        if message not in self._tasks:
+            self._tasks[message] = self._bars.add_task(message, total=total)
+        self._bars.update(self._tasks[message], completed=done, total=total)
+
+
+def resolve_shown(name: str) -> Path:
+    """The checkpoint directory that `name` means, fetched on first use."""
+    from daedal.checkpoint.sources import resolve
+
+    return shown(lambda display: resolve(name, progress=display))
+
+
+def pull_shown(name: str) -> Path:
+    """`name` from the cache, fetched if it is not there."""
+    from daedal.checkpoint.sources import pull
+
+    return shown(lambda display: pull(name, progress=display))
+
+
+def shown(fetch: Callable[[FetchDisplay], Path]) -> Path:
+    """Runs `fetch` with a display, and takes the display away again whatever happens."""
+    text = TextColumn("{task.description}", markup=False)
+    bars = Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    try:
+        return fetch(FetchDisplay(bars))
+    finally:
+        if bars.tasks:
+            bars.stop()

@@ -1,0 +1,125 @@
+"""From a model's name and the user's wishes to an engine that is ready: what `serve` and `chat` share.
+
+Says on stderr what it chose and why. Knows nothing of how the engine is then used.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from daedal import shapes
+from daedal.cli.fetching import resolve_shown
+from daedal.cli.precision import DtypeName, choose_dtype
+from daedal.cost import count
+from daedal.errors import RequestError, TemplateError
+
+if TYPE_CHECKING:
+    from daedal.infer.engine import Engine
+    from daedal.model.transformer import Transformer
+    from daedal.text.chat import ChatTemplate
+    from daedal.text.tokenizer import Tokenizer
+
+DEFAULT_MODEL = "smollm2-135m"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A name that `daedal pull` knows, or a checkpoint's directory.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as torch calls it.")]
+DtypeOption = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
+CacheOption = Annotated[float | None, typer.Option("--cache-gb", help="Size of the KV cache in GB (10^9 bytes).")]
+ContextOption = Annotated[int | None, typer.Option(help="Longest sequence; the model's own context if not given.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the engine may use; None leaves it to the engine."""
+
+    cache_gb: float | None = None
+    max_context: int | None = None
+    max_batch: int = 16
+    max_waiting: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_gb is not None and not 0 < self.cache_gb <= 1e6:
+            raise RequestError(f"--cache-gb is {self.cache_gb}: it must be above 0 and at most 1000000")
+        at_least = (
+            ("--max-context", self.max_context, 1),
+            ("--max-batch", self.max_batch, 1),
+            ("--max-waiting", self.max_waiting, 0),
+        )
+        for name, value, least in at_least:
+            if value is not None and value < least:
+                raise RequestError(f"{name} is {value}: it must be at least {least}")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_gb is None else int(self.cache_gb * 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model ready to generate. `template` is None where chat is impossible; `without_chat` then says why."""
+
+    name: str
+    model: "Transformer"
+    engine: "Engine"
+    tokenizer: "Tokenizer"
+    template: "ChatTemplate | None"
+    without_chat: str | None
+
+    @property
+    def total_params(self) -> int:
+        return sum(slot.numel for slot in shapes.parameters(self.model.config))
+
+    @property
+    def active_params(self) -> int:
+        return count.active_params(self.model.config, shapes.parameters(self.model.config))
+
+
+def open_model(name: str, *, device: str, dtype: DtypeName, limits: Limits) -> Opened:
+    """Fetches (if need be), loads, and builds the engine. A DaedalError says what is wrong with any of it."""
+    from daedal.checkpoint.load import load, resolve_device
+    from daedal.infer.engine import Engine
+    from daedal.text.chat import ChatTemplate
+    from daedal.text.tokenizer import Tokenizer
+
+    directory = resolve_shown(name)
+    chosen_device = resolve_device(device)
+    precision = choose_dtype(dtype, chosen_device)
+    say(f"{name} on {chosen_device} in {precision}")
+    tokenizer = Tokenizer.load(directory)
+    template, without_chat = None, None
+    try:
+        template = ChatTemplate.load(directory)
+    except TemplateError as error:
+        without_chat = str(error)
+    model = load(directory, device=chosen_device, dtype=precision.dtype, weights=None)
+    engine = Engine(
+        model,
+        tokenizer=tokenizer,
+        cache_bytes=limits.cache_bytes,
+        max_batch=limits.max_batch,
+        max_waiting=limits.max_waiting,
+        max_context=limits.max_context,
+    )
+    return Opened(
+        name=display_name(name),
+        model=model,
+        engine=engine,
+        tokenizer=tokenizer,
+        template=template,
+        without_chat=without_chat,
+    )
+
+
+def display_name(name: str) -> str:
+    """What a model is called on the wire and on screen: its name, or the last part of its path."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def say(sentence: str) -> None:
+    """One line of progress for people; stdout stays free for results."""
+    print(sentence, file=sys.stderr, flush=True)
