@@ -145,9 +145,9 @@ def main() -> None:
     name, directory, dtype = sys.argv[1:4]
     replies = sys.stdout
     sys.stdout = sys.stderr
+    started = time.perf_counter()
+    side = sides[name](Path(directory), getattr(torch, dtype))
     with torch.inference_mode():
-        started = time.perf_counter()
-        side = sides[name](Path(directory), getattr(torch, dtype))
         print(json.dumps({"load_seconds": time.perf_counter() - started}), file=replies, flush=True)
         for line in sys.stdin:
             print(json.dumps(answer(side, json.loads(line))), file=replies, flush=True)

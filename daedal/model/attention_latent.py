@@ -107,4 +107,5 @@ class LatentAttention(nn.Module):
         q_THL = torch.matmul(q_THN.transpose(0, 1), keys_HNL).transpose(0, 1)
         q_THC = torch.cat((q_THL, q_THR), -1)
         o_THL = ops.attention(q_THC, starts, rows, self.latent, scale=self.scale)
-        return torch.matmul(o_THL.transpose(0, 1), values_HVL.transpose(1, 2)).transpose(0, 1)
+        # Weights on the left: on the right they would be copied first, being a slice of the expansion.
+        return torch.matmul(values_HVL, o_THL.permute(1, 2, 0)).permute(2, 0, 1)

@@ -93,7 +93,8 @@ class Transformer(nn.Module):
         weight = self.lm_head.weight
         if weight.dtype == dtype or torch.is_grad_enabled():
             return weight.to(dtype)
-        version = (id(weight), weight._version, weight.device)
+        # Weights made in inference mode count no versions; nothing but inference mode can change them.
+        version = (id(weight), 0 if weight.is_inference() else weight._version, weight.device)
         if self._widened is None or self._widened[0] != version:
             self._widened = (version, weight.detach().to(dtype))
         return self._widened[1]

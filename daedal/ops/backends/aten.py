@@ -133,13 +133,30 @@ def _experts_supports(
 
 @REGISTRY.register("experts", BACKEND, supports=_experts_supports)
 def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    num_active = ids_TA.shape[1]
     ids_N = ids_TA.flatten()
     order_N = ids_N.argsort(stable=True)
-    ends_E = torch.bincount(ids_N, minlength=gate_up_EFD.shape[0]).cumsum(0, dtype=torch.int32)
-    tokens_N = order_N // num_active
-    gate, up = F.grouped_mm(x_TD[tokens_N], gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, -1)
-    result_ND = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=ends_E)
+    counts_E = torch.bincount(ids_N, minlength=gate_up_EFD.shape[0])
+    tokens_N = order_N // ids_TA.shape[1]
+    rows_ND = x_TD[tokens_N]
+    if x_TD.device.type == "cpu" and ids_N.shape[0] < gate_up_EFD.shape[0]:
+        result_ND = _few_experts(rows_ND, counts_E.tolist(), gate_up_EFD, down_EDF)
+    else:
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
+        gate, up = F.grouped_mm(rows_ND, gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, -1)
+        result_ND = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=ends_E)
     weighted_ND = result_ND.float() * weights_TA.flatten()[order_N].unsqueeze(-1)
     total = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_N, weighted_ND)
     return total.to(x_TD.dtype)
+
+
+def _few_experts(rows_ND: Tensor, counts: list[int], gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Expert by expert, passing over those without tokens, which the grouped kernel visits one by one on a CPU: a third
+    of its time when one token chooses 6 of 48.
+    """
+    results, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            gate, up = linear(rows_ND[start : start + count], gate_up_EFD[expert], None).chunk(2, -1)
+            results.append(linear(F.silu(gate) * up, down_EDF[expert], None))
+            start += count
+    return torch.cat(results)
