@@ -6,7 +6,8 @@
 
 Decode is one new token per sequence at the given depth of context; prefill is one chunk (512 tokens at batch 1, 128 per
 sequence otherwise) that ends at that depth. Caches are filled with random numbers, which costs no arithmetic and
-changes none of the timings. Medians over several passes. Prints a table, and one JSON line last.
+changes none of the timings. Three rounds ask both sides in turn; rates are medians, ratios medians of the rounds'. Prints
+a table, and one JSON line last.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from daedal.config import ModelConfig
 from daedal.model.transformer import empty, initialise
 
 SIDES = ("daedal", "transformers")
+ROUNDS = 3  # each asks both sides; the ratio is taken within a round
 
 MODEL_A = {
     "model_type": "deepseek_v3",
@@ -101,11 +104,15 @@ def measure(sides: dict[str, Process], batches: list[int], contexts: list[int], 
     for phase, batch, context in track(cases, description="measuring", console=Console(stderr=True)):
         tokens = 1 if phase == "decode" else min(context, 512 if batch == 1 else 128)
         row: dict[str, Any] = {"phase": phase, "batch": batch, "context": context, "chunk": tokens}
-        for name, side in sides.items():
-            reply = side.ask("steps", batch=batch, context=context, tokens=tokens, seconds=seconds)
-            row[name] = batch * tokens / reply["seconds"]
-            row[f"{name}_cache_bytes"] = reply["cache_bytes"]
-        row["ratio"] = row["daedal"] / row["transformers"]
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(ROUNDS):
+            for name, side in sides.items():
+                reply = side.ask("steps", batch=batch, context=context, tokens=tokens, seconds=seconds)
+                rates[name].append(batch * tokens / reply["seconds"])
+                row[f"{name}_cache_bytes"] = reply["cache_bytes"]
+        row |= {name: statistics.median(found) for name, found in rates.items()}
+        ratios = [mine / theirs for mine, theirs in zip(*rates.values(), strict=True)]
+        row |= {"ratio": statistics.median(ratios), "ratios": ratios}
         rows.append(row)
     return rows
 
@@ -135,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             str(row["chunk"]),
             f"{row['daedal']:.1f}",
             f"{row['transformers']:.1f}",
-            f"{row['ratio']:.2f} x",
+            f"{row['ratio']:.2f} x ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})",
             f"{row['daedal_cache_bytes']:,}",
             f"{row['transformers_cache_bytes']:,}",
         )
@@ -164,9 +171,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8192])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on each figure of each side")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for each figure of each side and round")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=120)
     with tempfile.TemporaryDirectory() as scratch:
         if options.model == "a":
             directory = Path(scratch)

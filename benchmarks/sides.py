@@ -38,17 +38,27 @@ class Daedal:
 
     def __init__(self, directory: Path, dtype: torch.dtype):
         from daedal.checkpoint.load import load
+        from daedal.infer.memory import keep_freed_memory
 
+        keep_freed_memory()  # as the engine does
         self.model = load(directory, dtype=dtype)
 
     def prepare(self, batch: int, depth: int, room: int) -> None:
         from daedal.infer.cache import PagedCache
+        from daedal.infer.pages import PageAllocator
 
         self.cache = None
         whole, tail = -(-depth // self.PAGE), -(-room // self.PAGE) + 1
+        # As a running engine lays them out: pages for the prompts first, then page by page in turn.
+        allocator = PageAllocator(batch * (whole + tail))
+        tables = [list(allocator.allocate(whole)) if whole else [] for _ in range(batch)]
+        for _ in range(tail):
+            for table in tables:
+                table.extend(allocator.allocate(1, after=table[-1] if table else None))
+        self.tables = tables
         self.cache = PagedCache(
             self.model.config,
-            num_pages=batch * (whole + tail),
+            num_pages=allocator.num_pages,
             page_size=self.PAGE,
             dtype=self.model.dtype,
             device=self.model.device,
@@ -56,11 +66,6 @@ class Daedal:
         for pools in self.cache.pools.values():
             for pool in pools.values():
                 pool.normal_()
-        # As a running engine leaves them: prompts contiguous, pages of the answers dealt out in turn.
-        self.tables = [
-            (*range(row * whole, (row + 1) * whole), *range(batch * whole + row, batch * (whole + tail), batch))
-            for row in range(batch)
-        ]
         self.past = depth
 
     def feed(self, tokens: int) -> None:
@@ -117,19 +122,19 @@ class Transformers:
 
 
 def steps(side: Side, *, batch: int, context: int, tokens: int, seconds: float) -> dict[str, float]:
-    """Seconds of the fastest of several passes of `tokens` per sequence that end near `context`."""
-    room = tokens * (16 if tokens == 1 else 2)
+    """Median seconds of several passes of `tokens` per sequence that end near `context`, after one that is not counted."""
+    passes = 15 if tokens == 1 else 5
+    room = tokens * (passes + 1 if tokens == 1 else 1)
     side.prepare(batch, context - tokens, room)
+    side.feed(tokens)
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 15):
-        if tokens > 1 and times:
+    while not times or (sum(times) < seconds and len(times) < passes):
+        if tokens > 1:
             side.prepare(batch, context - tokens, room)
         start = time.perf_counter()
         side.feed(tokens)
         times.append(time.perf_counter() - start)
-        if times[-1] > seconds and len(times) >= 2:
-            break
-    return {"seconds": sorted(times)[len(times) // 2], "fastest": min(times), "cache_bytes": side.cache_bytes()}
+    return {"seconds": sorted(times)[len(times) // 2], "cache_bytes": side.cache_bytes()}
 
 
 def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:

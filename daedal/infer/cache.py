@@ -12,7 +12,7 @@ from torch import Tensor
 
 from daedal import shapes
 from daedal.config import ModelConfig
-from daedal.ops.rows import PagedRows, Rows
+from daedal.ops.rows import PagedRows, Pages, Rows
 
 
 def page_nbytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -62,8 +62,11 @@ class PagedCache:
         return PagedView(
             pools=self._pools,
             slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
-            tables=tuple(tuple(table) for table in tables),
-            lengths=tuple(past + count for past, count in zip(pasts, counts, strict=True)),
+            pages=Pages(
+                tables=tuple(tuple(table) for table in tables),
+                lengths=tuple(past + count for past, count in zip(pasts, counts, strict=True)),
+                page_size=self.page_size,
+            ),
         )
 
 
@@ -73,8 +76,7 @@ class PagedView:
 
     pools: Mapping[int, Mapping[str, Tensor]]
     slots_T: Tensor
-    tables: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
+    pages: Pages
 
     def append(self, layer: int, **slots: Tensor) -> None:
         """Stores this batch's rows, [T, *slot shape] each; all slots of the layer, in the cache's dtype."""
@@ -87,7 +89,4 @@ class PagedView:
 
     def read(self, layer: int) -> Mapping[str, Rows]:
         """Everything stored so far, this batch's rows included: per slot name a `PagedRows`."""
-        return {
-            name: PagedRows(pool=pool, tables=self.tables, lengths=self.lengths)
-            for name, pool in self.pools[layer].items()
-        }
+        return {name: PagedRows(pool, self.pages) for name, pool in self.pools[layer].items()}

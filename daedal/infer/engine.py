@@ -16,7 +16,7 @@ from daedal.errors import OverloadError, RequestError
 from daedal.infer.admission import Limits
 from daedal.infer.cache import PagedCache
 from daedal.infer.logprobs import token_logprobs
-from daedal.infer.memory import plan_pages
+from daedal.infer.memory import keep_freed_memory, plan_pages
 from daedal.infer.pages import PageAllocator
 from daedal.infer.request import Output, Request, SamplingParams, TokenLogprobs
 from daedal.infer.sampling import RowSampler, check_finite, choose
@@ -117,6 +117,8 @@ class Engine:
             max_waiting=max_waiting,
             max_context=max_context,
         )
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self._pages = PageAllocator(plan.num_pages)
         self._cache = PagedCache(
             model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=model.dtype, device=model.device

@@ -1,7 +1,9 @@
 """How many pages the cache gets. Sizes only: it allocates nothing and knows no requests."""
 
+import ctypes
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from daedal.infer.cache import page_nbytes
 
 _PAGE_SIZE = 16
 _FREE_MEMORY_SHARE = 0.5
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # names and numbers of malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,21 @@ def plan_pages(
         needed = page_nbytes(config, page_size, dtype)
         raise ConfigError(f"{size} is {given_bytes}, one page of the cache takes {needed} bytes: give at least that")
     return PagePlan(num_pages=num_pages, page_size=page_size, context=context)
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Asks the C library, once per process, to keep memory that tensors give back; whether it can.
+
+    glibc returns every large block to the system and asks for it again, page fault by page fault; at prefill sizes that
+    costs more than some of the arithmetic. Up to 1 GiB then stays with the process. False on systems without `mallopt`.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    kept = [mallopt(_M_MMAP_THRESHOLD, 2**25), mallopt(_M_TRIM_THRESHOLD, 2**30), mallopt(_M_TOP_PAD, 2**26)]
+    return all(kept)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,7 +8,7 @@ differentiable in their floating-point inputs. Knows nothing of models or layers
 from torch import Tensor
 
 from daedal.ops.registry import REGISTRY, Choice
-from daedal.ops.rows import FlatRows, PagedRows, Rows
+from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
 
 explain = REGISTRY.explain
 using = REGISTRY.using
@@ -108,6 +108,7 @@ __all__ = [
     "Choice",
     "FlatRows",
     "PagedRows",
+    "Pages",
     "Rows",
     "attention",
     "experts",

@@ -7,6 +7,7 @@ layers or schedulers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -40,33 +41,63 @@ class FlatRows:
 
 
 @dataclass(frozen=True, eq=False)
-class PagedRows:
-    """`pool`: [P, N, ...], P pages of N tokens; `tables`: per sequence its pages in order; `lengths`: its tokens."""
+class Pages:
+    """Where sequences lie in every pool of a cache: one object for all layers of a step, so that what follows from it
+    is worked out once.
 
-    pool: Tensor
+    tables: per sequence its pages in order. lengths: its tokens. page_size: tokens of a page.
+    """
+
     tables: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
+    page_size: int
+
+    def select(self, indices: Sequence[int]) -> "Pages":
+        """Some of the sequences."""
+        tables = tuple(self.tables[index] for index in indices)
+        return Pages(tables, tuple(self.lengths[index] for index in indices), self.page_size)
+
+    def used(self, index: int) -> tuple[int, ...]:
+        """The pages of a sequence that hold tokens."""
+        return self.tables[index][: -(-self.lengths[index] // self.page_size)]
+
+    @cached_property
+    def first_pages(self) -> tuple[int | None, ...]:
+        """Per sequence its first page, where its pages follow one another in the pool; else None."""
+        firsts: list[int | None] = []
+        for index in range(len(self.lengths)):
+            used = self.used(index)
+            first = used[0] if used else 0
+            firsts.append(first if used == tuple(range(first, first + len(used))) else None)
+        return tuple(firsts)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedRows:
+    """`pool`: [P, N, ...], P pages of N tokens, and where its sequences lie."""
+
+    pool: Tensor
+    pages: Pages
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.pages.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.pages.lengths
 
     def sequence(self, index: int) -> Tensor:
         """[S_i, ...]: a view where the pages follow one another in the pool, else a gathered copy."""
-        length = self.lengths[index]
-        num_pages = -(-length // self.pool.shape[1])
-        table = self.tables[index][:num_pages]
-        first = table[0] if table else 0
-        if table == tuple(range(first, first + num_pages)):
-            pages = self.pool[first : first + num_pages]
+        used, first = self.pages.used(index), self.pages.first_pages[index]
+        if first is None:
+            held = self.pool.index_select(0, torch.tensor(used, device=self.pool.device))
         else:
-            pages = self.pool.index_select(0, torch.tensor(table, device=self.pool.device))
-        return pages.flatten(0, 1)[:length]
+            held = self.pool[first : first + len(used)]
+        return held.flatten(0, 1)[: self.lengths[index]]
 
     def select(self, indices: Sequence[int]) -> "PagedRows":
         """Some sequences of the same pool."""
-        return PagedRows(
-            self.pool, tuple(self.tables[index] for index in indices), tuple(self.lengths[index] for index in indices)
-        )
+        return PagedRows(self.pool, self.pages.select(indices))
 
     def flatten(self) -> FlatRows:
         """The rows of all sequences side by side; a copy unless there is one sequence and it lies contiguous."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from daedal import ops
 from daedal.errors import BackendError
 from daedal.ops.registry import REFERENCE, REGISTRY
-from daedal.ops.rows import FlatRows, PagedRows
+from daedal.ops.rows import FlatRows, PagedRows, Pages
 
 Case = tuple[str, Callable[[Callable[..., Tensor]], list[object]], dict[str, object]]
 
@@ -146,7 +146,7 @@ def test_rounding_to_bfloat16_has_no_bias(backend: str) -> None:
 def test_attention_reads_pages_in_table_order(backend: str) -> None:
     pool = torch.randn(7, 4, 2, 8)
     tables, lengths = ((5, 2, 6), (1, 2), (3,)), (10, 8, 4)
-    paged = PagedRows(pool, tables, lengths)
+    paged = PagedRows(pool, Pages(tables, lengths, page_size=4))
     flat = FlatRows(torch.cat([paged.sequence(index) for index in range(3)]), _starts(list(lengths)))
     by_hand = torch.cat((pool[5], pool[2], pool[6]))[:10]
     assert torch.equal(paged.sequence(0), by_hand)
@@ -158,6 +158,24 @@ def test_attention_reads_pages_in_table_order(backend: str) -> None:
     part = paged.select([2, 0])
     assert part.lengths == (4, 10)
     assert torch.equal(part.flatten().sequence(1), by_hand)
+
+
+@pytest.mark.parametrize("backend", REGISTRY.backends)
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_token_each_of_unequal_sequences_reads_no_padding(backend: str, shared: bool) -> None:
+    """Pages hold NaN wherever no token was written."""
+    shape = (7, 4, 8) if shared else (7, 4, 2, 8)
+    pool = torch.full(shape, torch.nan)
+    paged = PagedRows(pool, Pages(((5, 2, 6), (1,), (3, 0)), (10, 1, 8), page_size=4))
+    for index, length in enumerate(paged.lengths):
+        for place in range(length):
+            pool[paged.pages.tables[index][place // 4], place % 4] = torch.randn(shape[2:])
+    flat = FlatRows(torch.cat([paged.sequence(index) for index in range(3)]), _starts([10, 1, 8]))
+    q, starts = torch.randn(3, 4, 8), (0, 1, 2, 3)
+    with torch.no_grad():
+        got = _run(backend, "attention", [q, starts, paged, 5 if shared else paged], {"scale": 0.5})
+    wanted = _run(REFERENCE, "attention", [q, starts, flat, 5 if shared else flat], {"scale": 0.5})
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_route_breaks_ties_by_the_lowest_index() -> None:
