@@ -6,8 +6,8 @@
 
 Decode is one new token per sequence at the given depth of context; prefill is one chunk (512 tokens at batch 1, 128 per
 sequence otherwise) that ends at that depth. Caches are filled with random numbers, which costs no arithmetic and
-changes none of the timings. Three rounds ask both sides in turn; rates are medians, ratios medians of the rounds'. Prints
-a table, and one JSON line last.
+changes none of the timings. Three rounds ask both sides in turn; rates are medians, ratios medians of the rounds' own.
+Prints a table, and one JSON line last.
 """
 
 import argparse

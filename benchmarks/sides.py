@@ -27,7 +27,7 @@ class Side(Protocol):
         """One forward pass of `tokens` new tokens per sequence, to the choice of each sequence's next token."""
 
     def cache_bytes(self) -> int:
-        """Bytes allocated for the cache."""
+        """Bytes of the cache that the sequences hold."""
 
     def logits(self) -> torch.Tensor:
         """Logits after each token of PROMPT, in one pass, with the weights widened to float32."""
@@ -49,13 +49,14 @@ class Daedal:
 
         self.cache = None
         whole, tail = -(-depth // self.PAGE), -(-room // self.PAGE) + 1
-        # As a running engine lays them out: pages for the prompts first, then page by page in turn.
-        allocator = PageAllocator(batch * (whole + tail))
+        # As a running engine lays them out: pages for the prompts first, then page by page in turn; a third of the
+        # cache is free, as it must be for other requests to come.
+        allocator = PageAllocator(batch * (whole + tail) * 3 // 2)
         tables = [list(allocator.allocate(whole)) if whole else [] for _ in range(batch)]
         for _ in range(tail):
             for table in tables:
                 table.extend(allocator.allocate(1, after=table[-1] if table else None))
-        self.tables = tables
+        self.tables, self.num_pages = tables, allocator.num_pages
         self.cache = PagedCache(
             self.model.config,
             num_pages=allocator.num_pages,
@@ -80,7 +81,8 @@ class Daedal:
         self.past += tokens
 
     def cache_bytes(self) -> int:
-        return self.cache.nbytes
+        held = sum(len(table) for table in self.tables)
+        return self.cache.nbytes // self.num_pages * held
 
     def logits(self) -> torch.Tensor:
         return self.model.float().logits(torch.tensor([PROMPT]))[0]
@@ -122,7 +124,7 @@ class Transformers:
 
 
 def steps(side: Side, *, batch: int, context: int, tokens: int, seconds: float) -> dict[str, float]:
-    """Median seconds of several passes of `tokens` per sequence that end near `context`, after one that is not counted."""
+    """Median seconds of passes of `tokens` per sequence that end near `context`, after one that is not counted."""
     passes = 15 if tokens == 1 else 5
     room = tokens * (passes + 1 if tokens == 1 else 1)
     side.prepare(batch, context - tokens, room)

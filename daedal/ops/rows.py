@@ -71,6 +71,22 @@ class Pages:
             firsts.append(first if used == tuple(range(first, first + len(used))) else None)
         return tuple(firsts)
 
+    @cached_property
+    def rectangle(self) -> tuple[Tensor, Tensor]:
+        """(index_BS, hidden_BS): for each place of a rectangle as long as the longest sequence, the row of a pool to
+        read, and whether it is padding. Padding repeats a sequence's first row, so that it reads nothing unwritten.
+        """
+        offsets_N = torch.arange(self.page_size)
+        index_BS = torch.empty((len(self.lengths), max(self.lengths)), dtype=torch.int64)
+        hidden_BS = torch.zeros_like(index_BS, dtype=torch.bool)
+        for row, length in enumerate(self.lengths):
+            pages_P = torch.tensor(self.used(row), dtype=torch.int64)
+            rows_S = (pages_P.unsqueeze(-1) * self.page_size + offsets_N).flatten()[:length]
+            index_BS[row, :length] = rows_S
+            index_BS[row, length:] = rows_S[0]
+            hidden_BS[row, length:] = True
+        return index_BS, hidden_BS
+
 
 @dataclass(frozen=True, eq=False)
 class PagedRows:
@@ -102,6 +118,11 @@ class PagedRows:
     def flatten(self) -> FlatRows:
         """The rows of all sequences side by side; a copy unless there is one sequence and it lies contiguous."""
         return _side_by_side([self.sequence(index) for index in range(len(self))])
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """(rows [B, S, ...], hidden_BS): a copy of all rows, short sequences padded to the longest."""
+        index_BS, hidden_BS = (tensor.to(self.pool.device) for tensor in self.pages.rectangle)
+        return self.pool.flatten(0, 1)[index_BS], hidden_BS
 
 
 Rows = FlatRows | PagedRows

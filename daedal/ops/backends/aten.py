@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from daedal.ops.registry import REGISTRY
-from daedal.ops.rows import Rows
+from daedal.ops.rows import FlatRows, PagedRows, Rows
 
 BACKEND = "aten"
+
+# Up to so many rows in all, a padded copy costs less than one call per sequence (docs/log.md, 2026-11-21).
+SMALL_DECODE_ROWS = 2048
 
 
 @REGISTRY.register("rms_norm", BACKEND)
@@ -62,6 +65,8 @@ def _attention_supports(
 
 @REGISTRY.register("attention", BACKEND, supports=_attention_supports)
 def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float) -> Tensor:
+    if isinstance(keys, PagedRows) and not isinstance(values, FlatRows) and _is_small_decode(starts, keys):
+        return _one_token_each(q_THK, keys, values, scale)
     outputs = []
     for index, (start, end) in enumerate(pairwise(starts)):
         k_SGK = _heads(keys.sequence(index))
@@ -74,6 +79,28 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
             value_dim = v_SGV.shape[-1]
         outputs.append(_one_sequence(q_THK[start:end], k_SGK, v_SGV, scale)[..., :value_dim])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _is_small_decode(starts: tuple[int, ...], keys: PagedRows) -> bool:
+    """Whether several sequences bring one query each and are short enough to be copied side by side."""
+    num_sequences = len(keys)
+    one_each = num_sequences > 1 and starts == tuple(range(num_sequences + 1))
+    return one_each and num_sequences * max(keys.lengths) <= SMALL_DECODE_ROWS
+
+
+def _one_token_each(q_BHK: Tensor, keys: PagedRows, values: PagedRows | int, scale: float) -> Tensor:
+    """[B, H, V]: one fused call for a whole batch of decoding sequences."""
+    k_BSGK, hidden_BS = keys.padded()
+    k_BSGK = k_BSGK if k_BSGK.dim() == 4 else k_BSGK.unsqueeze(2)
+    v_BSGV = k_BSGK if isinstance(values, int) else values.padded()[0]
+    value_dim = values if isinstance(values, int) else v_BSGV.shape[-1]
+    q_BHK, k_BSGK, v_BSGV = _same_width(q_BHK, k_BSGK, v_BSGV)
+    q_BGRK = q_BHK.unflatten(1, (k_BSGK.shape[2], -1))
+    mask_BS = torch.zeros_like(hidden_BS, dtype=q_BHK.dtype).masked_fill_(hidden_BS, float("-inf"))
+    o_BGRV = F.scaled_dot_product_attention(
+        q_BGRK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=mask_BS[:, None, None], scale=scale
+    )
+    return o_BGRV.flatten(1, 2)[..., :value_dim]
 
 
 def _one_sequence(q_tHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, scale: float) -> Tensor:
