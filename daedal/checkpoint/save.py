@@ -15,6 +15,7 @@ from torch import Tensor
 
 from daedal.checkpoint.names import Piece, pieces
 from daedal.checkpoint.shards import INDEX, SINGLE
+from daedal.checkpoint.staging import sync
 from daedal.errors import CheckpointError
 from daedal.model.transformer import Transformer
 from daedal.shapes import parameters
@@ -61,12 +62,12 @@ def _write(model: Transformer, directory: Path, shard_bytes: int) -> list[str]:
     config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."), quantization_config=None)
     _write_json(directory / ("config.json" + _PARTIAL), config.to_published())
     for file in (*files, "config.json"):
-        _flush(directory / (file + _PARTIAL))
+        sync(directory / (file + _PARTIAL))
     if len(plan) == 1:
         (directory / INDEX).unlink(missing_ok=True)
     for file in (*files, "config.json"):
         os.replace(directory / (file + _PARTIAL), directory / file)
-    _flush(directory)
+    sync(directory)
     return files
 
 
@@ -97,11 +98,3 @@ def _nbytes(tensor: Tensor, piece: Piece) -> int:
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

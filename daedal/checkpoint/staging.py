@@ -44,15 +44,15 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.rglob("*")):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def require_space(directory: Path, need: int) -> None:
@@ -83,7 +83,8 @@ def _mb(num_bytes: int) -> str:
     return f"{-(-num_bytes // 10**6)} MB"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a directory's list of names, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
