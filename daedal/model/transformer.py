@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         if weight.dtype == dtype or torch.is_grad_enabled():
             return weight.to(dtype)
         # Weights made in inference mode count no versions; nothing but inference mode can change them.
-        version = (id(weight), 0 if weight.is_inference() else weight._version, weight.device)
+        version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device)
         if self._widened is None or self._widened[0] != version:
             self._widened = (version, weight.detach().to(dtype))
         return self._widened[1]

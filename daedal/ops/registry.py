@@ -88,12 +88,15 @@ class Registry:
     def explain(self, op: str, *args: Any, **kwargs: Any) -> list[Choice]:
         """For each backend of `op`, whether these arguments would run on it, and the reason."""
         forced = self._forced.get()
+        lacking = forced is not None and all(candidate.backend != forced for candidate in self._candidates[op])
         choices: list[Choice] = []
         for candidate in self._candidates[op]:
             declined = candidate.supports(*args, **kwargs)
             earlier = next((choice.backend for choice in choices if choice.chosen), None)
             if declined is not None:
                 choices.append(Choice(op, candidate.backend, False, declined))
+            elif lacking and candidate.backend == REFERENCE:
+                choices.append(Choice(op, REFERENCE, True, f"{forced} is forced and has no {op} of its own"))
             elif forced is not None and candidate.backend != forced:
                 choices.append(Choice(op, candidate.backend, False, f"{forced} is forced"))
             elif earlier is not None:

@@ -231,6 +231,23 @@ def test_explain_names_the_choice_and_every_reason() -> None:
     assert declined[REFERENCE].chosen
 
 
+def test_an_op_that_a_forced_backend_lacks_runs_on_the_reference_and_says_so() -> None:
+    settings = {
+        "scoring": "sigmoid",
+        "method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "normalise": True,
+        "scale": 1.0,
+    }
+    with ops.using("aten"):
+        ids, _ = ops.route(torch.tensor([[0.0, 1.0]]), torch.zeros(2), num_active=1, **settings)
+        (choice,) = ops.explain("route", torch.zeros(1, 2), torch.zeros(2), num_active=1, **settings)
+    assert ids.tolist() == [[1]]
+    assert choice.chosen
+    assert choice.reason == "aten is forced and has no route of its own"
+
+
 def test_a_forced_backend_that_is_unknown_or_unable_is_an_error() -> None:
     with pytest.raises(BackendError, match="may be one of"), ops.using("cuda-magic"):
         pass
