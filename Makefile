@@ -3,7 +3,8 @@
 # make venv   only set up .venv; make lint, make clean as their names say
 
 PYTHON ?= python3
-HOST ?= 127.0.0.1
+# Not taken from the environment, where shells and compilers put other things under this name.
+HOST := 127.0.0.1
 PORT ?= 8000
 # A name or a checkpoint's directory; empty is the default model.
 MODEL ?=

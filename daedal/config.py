@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from daedal.errors import CheckpointError, ConfigError
@@ -66,8 +65,8 @@ class ModelConfig:
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
     num_nextn_predict_layers: int = 0
-    quantization_config: Mapping[str, Any] | None = None
-    published: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
+    quantization_config: Mapping[str, Any] | None = field(default=None, hash=False)
+    published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -123,7 +122,7 @@ class ModelConfig:
             raise CheckpointError(f"{path} cannot be read ({error}): check the file and its permissions") from error
         try:
             published = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not JSON ({error}): fetch the file again") from error
         if not isinstance(published, dict):
             raise CheckpointError(f"{path} holds {type(published).__name__}, not an object: fetch the file again")
@@ -141,7 +140,7 @@ class ModelConfig:
         for item in fields(cls):
             if item.name in chosen:
                 chosen[item.name] = coerce(item.name, item.type, chosen[item.name])
-        return cls(**chosen, published=MappingProxyType(dict(published)))
+        return cls(**chosen, published=dict(published))
 
     def to_published(self) -> dict[str, Any]:
         """The contents of a stock `config.json`: what was read, with every field that Daedal understands brought up to

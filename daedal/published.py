@@ -62,13 +62,18 @@ _SILENT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+# Fields whose null is an answer of its own: no query latent, no shared experts, no normalisation.
+_NULL_MEANS_NONE = ("q_lora_rank", "n_shared_experts", "norm_topk_prob")
+
+
 def fold(published: Mapping[str, Any]) -> dict[str, Any]:
     """The published fields under today's names, with each family's silent defaults filled in."""
     family = published.get("model_type")
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ConfigError(f"model_type is {family!r}: Daedal reads {known} so far; see docs/unsupported.md")
-    folded = {**_SILENT[family], **published}
+    given = {name: value for name, value in published.items() if value is not None or name in _NULL_MEANS_NONE}
+    folded = {**_SILENT[family], **given}
     folded["dtype"] = str(published.get("dtype") or published.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     folded["rope_parameters"] = rope_from_published(folded)
     heads = folded.get("num_attention_heads")
@@ -83,10 +88,18 @@ def fold(published: Mapping[str, Any]) -> dict[str, Any]:
         folded.pop("layer_types", None)
     elif folded.get("head_dim") is None and isinstance(heads, int) and isinstance(folded.get("hidden_size"), int):
         folded["head_dim"] = folded["hidden_size"] // max(heads, 1)
-    if folded.get("sliding_window") and folded.get("use_sliding_window", family == "llama"):
-        message = f"sliding_window is {folded['sliding_window']}: {family} with sliding windows is not supported yet"
-        raise ConfigError(f"{message}; see docs/unsupported.md")
+    _refuse_windows(folded)
     return folded
+
+
+def _refuse_windows(folded: Mapping[str, Any]) -> None:
+    """Qwen's switch for sliding windows, where it reaches any layer. (Llama has none, whatever its file says.)"""
+    window, first = folded.get("sliding_window"), folded.get("max_window_layers")
+    layers = folded.get("num_hidden_layers")
+    reaches = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
+    if window and folded.get("use_sliding_window") and reaches:
+        message = f"sliding_window is {window}: {folded['model_type']} with sliding windows is not supported yet"
+        raise ConfigError(f"{message}; see docs/unsupported.md")
 
 
 def _fold_experts(folded: dict[str, Any]) -> None:
@@ -97,7 +110,7 @@ def _fold_experts(folded: dict[str, Any]) -> None:
     for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"):
         folded[name] = folded.get(name) or 0
     for name in ("n_group", "topk_group"):
-        folded[name] = folded.get(name) or 1
+        folded[name] = 1 if folded.get(name) is None else folded[name]
     if folded.get("mlp_layer_types") is None and isinstance(layers, int) and layers <= 10**5:
         if not (isinstance(first, int) and isinstance(every, int) and first >= 0 and every > 0):
             message = f"first_k_dense_replace is {first!r} and moe_layer_freq {every!r}: both must be whole numbers"

@@ -54,6 +54,14 @@ class RopeParameters:
                 low = 0.0 if item.name.startswith("mscale") else 1e-9
                 if not (math.isfinite(value) and low <= value <= 1e12):
                     raise ConfigError(f"rope_parameters.{item.name} is {value}: it must be a finite positive number")
+        if not isinstance(self.truncate, bool):
+            raise ConfigError(f"rope_parameters.truncate is {self.truncate!r}: it must be true or false")
+        if self.rope_type == "yarn" and self.rope_theta <= 1.0:
+            raise ConfigError(f"rope_parameters.rope_theta is {self.rope_theta}: YaRN needs a base above 1")
+        slow, fast = self.low_freq_factor, self.high_freq_factor
+        if slow is not None and fast is not None and fast <= slow:
+            message = f"rope_parameters.high_freq_factor is {fast}, low_freq_factor {slow}"
+            raise ConfigError(f"{message}: the first must be the larger")
 
     def length_scale(self) -> float:
         """What YaRN multiplies the softmax scale by in V2 and V3: m^2 with m = 1 + 0.1 mscale_all_dim ln(factor)."""
@@ -74,17 +82,24 @@ class RopeParameters:
 
 
 def rope_from_published(folded: Mapping[str, Any]) -> RopeParameters:
-    """`rope_parameters`, or the older `rope_theta` beside `rope_scaling` with `type`."""
-    given = folded.get("rope_parameters") or folded.get("rope_scaling") or {}
+    """`rope_parameters`, or the older `rope_theta` beside `rope_scaling` with `type`.
+
+    Where a file has both, the older one counts, as transformers reads it.
+    """
+    given = folded.get("rope_scaling") or folded.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"rope_parameters is {given!r}: it must be an object")
     kind = given.get("rope_type") or given.get("type") or "default"
+    if not isinstance(kind, str):
+        raise ConfigError(f"rope_type is {kind!r}: it must be one of {', '.join(_ROPE_NEEDS)}")
     known = {item.name for item in fields(RopeParameters)}
     chosen = {name: value for name, value in given.items() if name in known and value is not None}
     chosen.setdefault("rope_theta", folded.get("rope_theta") or 10000.0)
     chosen["rope_type"] = kind
     if given.get("partial_rotary_factor", folded.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigError("partial_rotary_factor other than 1 is not supported yet; see docs/unsupported.md")
+    if kind in ("yarn", "llama3") and folded.get("original_max_position_embeddings") is not None:
+        chosen.setdefault("original_max_position_embeddings", folded["original_max_position_embeddings"])
     if kind == "yarn":
         original = chosen.setdefault("original_max_position_embeddings", folded.get("max_position_embeddings"))
         if chosen.get("factor") is None and isinstance(original, int) and original > 0:

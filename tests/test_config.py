@@ -106,6 +106,44 @@ def test_a_bad_field_is_named(field: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_null_means_absent_except_where_it_is_an_answer() -> None:
+    sixteen = {"n_routed_experts": 16}  # which the family's silent 8 groups divide
+    nulls = {
+        "scoring_func": None,
+        "topk_method": None,
+        "routed_scaling_factor": None,
+        "n_group": None,
+        "topk_group": None,
+    }
+    absent = {name: value for name, value in tiny_published(V3).items() if name not in nulls}
+    assert tiny_config(V3, **nulls, **sixteen) == ModelConfig.from_published({**absent, **sixteen})
+    assert tiny_config(V3, q_lora_rank=None).q_lora_rank is None
+    assert tiny_config(V3, n_shared_experts=None).n_shared_experts == 0
+
+
+def test_the_older_rope_spelling_counts_where_both_are_given() -> None:
+    both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert tiny_config("llama", **both).rope_parameters.rope_type == "linear"
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": ["yarn"]},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0},
+        {"rope_type": "yarn", "factor": 2.0, "truncate": "no"},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+    ],
+)
+def test_rope_that_cannot_turn_is_refused(rope: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"rope_type|rope_theta|truncate|high_freq_factor"):
+        tiny_config("llama", rope_parameters=rope, original_max_position_embeddings=64)
+
+
+def test_a_window_that_reaches_no_layer_is_none() -> None:
+    tiny_config("qwen2", use_sliding_window=True, sliding_window=128, max_window_layers=3)
+
+
 def test_other_refusals() -> None:
     with pytest.raises(ConfigError, match="multiple"):
         tiny_config("llama", num_key_value_heads=4)

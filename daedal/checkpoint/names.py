@@ -46,6 +46,19 @@ def pieces(slot: Slot) -> Iterator[Piece]:
             yield Piece(f"{owner}.down_proj.weight", (rows, columns), (expert,))
 
 
+def empty_pieces(config: ModelConfig) -> Iterator[Piece]:
+    """What stock readers expect of a model without shared experts: the three matrices, of width 0, per sparse layer."""
+    if config.n_shared_experts:
+        return
+    hidden = config.hidden_size
+    for layer, kind in enumerate(config.mlp_layer_types):
+        if kind == "sparse":
+            owner = f"model.layers.{layer}.mlp.shared_experts"
+            yield Piece(f"{owner}.gate_proj.weight", (0, hidden))
+            yield Piece(f"{owner}.up_proj.weight", (0, hidden))
+            yield Piece(f"{owner}.down_proj.weight", (hidden, 0))
+
+
 def is_beside(name: str, config: ModelConfig, names: Container[str]) -> bool:
     """Whether a published tensor, one of `names`, is known not to belong to the backbone.
 
@@ -54,6 +67,8 @@ def is_beside(name: str, config: ModelConfig, names: Container[str]) -> bool:
     if _BESIDE.match(name):
         return True
     if name == "lm_head.weight" and config.tie_word_embeddings:
+        return True
+    if ".mlp.shared_experts." in name and not config.n_shared_experts:
         return True
     layer = _LAYER.match(name)
     if layer is None or int(layer.group(1)) < config.num_hidden_layers:

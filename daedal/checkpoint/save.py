@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from daedal.checkpoint.names import Piece, pieces
+from daedal.checkpoint.names import Piece, empty_pieces, pieces
 from daedal.checkpoint.shards import INDEX, SINGLE
 from daedal.checkpoint.staging import sync
 from daedal.errors import CheckpointError
@@ -52,6 +53,9 @@ def _write(model: Transformer, directory: Path, shard_bytes: int) -> list[str]:
     for number, shard in enumerate(plan, 1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = {piece.name: _published(state[slot], piece) for slot, piece in shard}
+        if number == len(plan):
+            empties = empty_pieces(model.config)
+            tensors |= {piece.name: torch.empty(piece.shape, dtype=model.dtype) for piece in empties}
         save_file(tensors, directory / (file + _PARTIAL), metadata={"format": "pt"})
         files.append(file)
         weight_map.update(dict.fromkeys(tensors, file))
@@ -59,7 +63,9 @@ def _write(model: Transformer, directory: Path, shard_bytes: int) -> list[str]:
         total = sum(_nbytes(state[slot], piece) for shard in plan for slot, piece in shard)
         _write_json(directory / (INDEX + _PARTIAL), {"metadata": {"total_size": total}, "weight_map": weight_map})
         files.append(INDEX)
-    config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."), quantization_config=None)
+    # What is not written is not promised: no scales, no drafting module.
+    held = str(model.dtype).removeprefix("torch.")
+    config = model.config.replace(dtype=held, quantization_config=None, num_nextn_predict_layers=0)
     _write_json(directory / ("config.json" + _PARTIAL), config.to_published())
     for file in (*files, "config.json"):
         sync(directory / (file + _PARTIAL))

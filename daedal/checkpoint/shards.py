@@ -78,7 +78,7 @@ def _promised(directory: Path) -> MappingProxyType[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         plain = all(isinstance(file, str) and Path(file).name == file for file in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index ({error!r}): fetch the file again") from error
     if not plain or not weight_map:
         raise CheckpointError(f"{path} must map tensor names to plain file names: fetch the file again")

@@ -59,6 +59,8 @@ def resolve(name_or_path: str | Path, *, progress: Progress = silent) -> Path:
     """
     path = Path(name_or_path).expanduser()
     name = str(name_or_path)
+    if not name:
+        raise SourceError("the model's name is empty: give a checkpoint directory or a known name")
     if (path / "config.json").is_file():
         return path
     if name in KNOWN:

@@ -50,6 +50,7 @@ def command(
             tokenizer=opened.tokenizer,
             chat_template=opened.template,
             model_name=name or opened.name,
+            aliases=frozenset({model}),
             total_params=opened.total_params,
             active_params=opened.active_params,
         )

@@ -171,11 +171,7 @@ class Engine:
         self._limits.check(request)
         if request.id in self._live or any(output.request_id == request.id for output in self._undelivered):
             raise RequestError(f"id {request.id!r} belongs to a request under way: give a new one", param="id")
-        if not self._has_room:
-            raise OverloadError(
-                f"{len(self._live)} requests are under way, the limit is {self._max_batch} running and "
-                f"{self._max_waiting} waiting: try again later"
-            )
+        self.check_room(1)
         params, length = request.params, len(request.prompt)
         self._live[request.id] = _Live(
             request=request,
@@ -189,6 +185,21 @@ class Engine:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
         )
         self._scheduler.add(request.id, request.prompt, generates=params.max_tokens > 0)
+
+    def check_room(self, count: int) -> None:
+        """Raises OverloadError if `count` more requests do not fit now, RequestError if they never could together."""
+        if self._max_waiting is None:
+            return
+        most = self._max_batch + self._max_waiting
+        if count > most:
+            raise RequestError(
+                f"{count} answers are asked for at once, at most {most} are taken: ask for fewer", param="n"
+            )
+        if len(self._live) + count > most:
+            raise OverloadError(
+                f"{len(self._live)} requests are under way, the limit is {self._max_batch} running and "
+                f"{self._max_waiting} waiting: try again later"
+            )
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages at once; the next `step` delivers its last output.

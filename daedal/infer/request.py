@@ -5,9 +5,9 @@ size is judged by `admission`.
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from daedal.errors import RequestError
@@ -21,7 +21,8 @@ MAX_LOGPROBS = 20  # the API's own bound on top_logprobs
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    max_tokens: generated tokens at most. temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: 1 and 0 are off.
+    max_tokens: generated tokens at most. temperature: 0 is greedy, as is anything below 1e-5. top_k: 0 is off. top_p,
+    min_p: 1 and 0 are off.
     repetition_penalty divides (or multiplies) the logits of every token seen in prompt or answer; presence and
     frequency penalties are subtracted for tokens of the answer, as in the OpenAI API. seed: the draw repeats with it.
     stop: strings that end the answer (not part of its text); stop_ids: ids that do. logprobs: None for none, n for the
@@ -43,7 +44,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
@@ -72,7 +73,7 @@ class SamplingParams:
         _token_ids("logit_bias", tuple(self.logit_bias))
         for token, addend in self.logit_bias.items():
             _check_number(f"logit_bias[{token}]", addend, -100.0, 100.0, param="logit_bias")
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +154,14 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, ids: object) -> tuple[int, ...]:
+    """Any sequence, or one-dimensional array, of whole numbers of any kind."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
     if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
         raise RequestError(f"{name} is of type {type(ids).__name__}: give a list of token ids", param=name)
+    kept = []
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
             raise RequestError(f"{name} holds {token!r}: token ids are integers", param=name)
-    return tuple(ids)
+        kept.append(operator.index(token))
+    return tuple(kept)

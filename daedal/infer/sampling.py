@@ -14,6 +14,7 @@ from torch import Tensor
 
 from daedal.infer.request import SamplingParams
 
+LEAST_TEMPERATURE = 1e-5  # below it a draw is greedy: float32 could not hold the quotients
 _FIRST_CANDIDATES = 256  # sorted first in search of a nucleus; eight times as many whenever that is too few
 
 
@@ -89,7 +90,7 @@ def choose(logits_NV: Tensor, samplers: Sequence[RowSampler]) -> list[int]:
         logits_NV = torch.stack([sampler.adjusted(logits_V) for logits_V, sampler in pairs])
     chosen: list[int] = logits_NV.argmax(dim=-1).tolist()
     for row, sampler in enumerate(samplers):
-        if sampler.params.temperature > 0.0:
+        if sampler.params.temperature >= LEAST_TEMPERATURE:
             chosen[row] = draw(logits_NV[row], sampler.params, sampler.uniform())
         sampler.observe(chosen[row])
     return chosen

@@ -89,6 +89,7 @@ class Transformer(nn.Module):
         """The head's weights in `dtype`. While gradients are off a widened copy is kept, until the weights change.
 
         bfloat16 has 8 bits: logits near 25 would fall on steps of 0.125, and the best two tokens would often tie.
+        Changes through `.data` in place are the only ones that torch does not count, and so are not seen here.
         """
         weight = self.lm_head.weight
         if weight.dtype == dtype or torch.is_grad_enabled():

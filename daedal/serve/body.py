@@ -8,12 +8,12 @@ import json
 import math
 from typing import NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from daedal.serve.errors import ApiError
 
 MAX_BODY_BYTES = 8 * 2**20
-DRAIN_BYTES = 4 * MAX_BODY_BYTES  # a client that still sends reads no answer, so some of its excess is taken
+DRAIN_BYTES = 8 * MAX_BODY_BYTES  # a client that still sends reads no answer, so some of its excess is taken
 BODY_SECONDS = 60.0
 
 
@@ -22,6 +22,8 @@ async def read_object(request: Request) -> dict[str, object]:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await _read(request)
+    except ClientDisconnect as error:
+        raise ApiError(400, "the client left before its body was whole: send it again") from error
     except TimeoutError as error:
         raise ApiError(408, f"the body took longer than {BODY_SECONDS:.0f} s: send it faster") from error
     try:

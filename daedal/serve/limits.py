@@ -17,7 +17,7 @@ def admit(service: Service, body: GenerationBody) -> None:
         headers = {"Retry-After": "1"}
         sentence = "the server is not ready: try again shortly"
         raise ApiError(503, sentence, code="unavailable", kind="server_error", headers=headers)
-    if body.model is not None and body.model != service.model_name:
+    if body.model is not None and body.model not in (service.model_name, *service.aliases):
         raise unknown_model(service, body.model)
 
 
@@ -35,7 +35,7 @@ def room(service: Service, prompt: Sequence[int], asked: int | None, *, param: s
         sentence = f"max_tokens is {asked if asked < 10**20 else 'huge'}, the context is {context}: ask for less"
         raise ApiError(400, sentence, param="max_tokens", code="context_length_exceeded")
     left = context - len(prompt)
-    if left <= 0:
+    if left < 0 or (left == 0 and asked != 0):
         sentence = (
             f"the prompt has {len(prompt)} tokens, the context is {context} and needs room for an answer: shorten it"
         )

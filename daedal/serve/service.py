@@ -27,14 +27,15 @@ STOP_SECONDS = 3.0
 class Service:
     """One model on offer.
 
-    model_name: what clients call it. chat_template: None for a model that only completes text. total_params and
-    active_params: of the model, for the page; None where unknown.
+    model_name: what clients call it; aliases: other names that they may use, such as its path. chat_template: None for
+    a model that only completes text. total_params and active_params: of the model, for the page; None where unknown.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     model_name: str
     chat_template: ChatTemplate | None = None
+    aliases: frozenset[str] = frozenset()
     total_params: int | None = None
     active_params: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))

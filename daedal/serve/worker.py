@@ -195,6 +195,7 @@ class Worker:
     def _add(self, command: _Add) -> None:
         added: list[str] = []
         try:
+            self._engine.check_room(len(command.requests))
             for request in command.requests:
                 self._engine.add(request)
                 added.append(request.id)

@@ -51,7 +51,7 @@ class ChatTemplate:
         return cls(source, tokens=tokens, limits=limits)
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True, **variables: object
+        self, messages: Sequence[Mapping[str, object]], /, *, add_generation_prompt: bool = True, **variables: object
     ) -> str:
         """The conversation as one text.
 

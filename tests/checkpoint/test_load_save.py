@@ -1,5 +1,6 @@
 """Reading and writing whole checkpoints: round trips, transformers as reader and writer, FP8, shards."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -268,3 +269,34 @@ def test_a_device_that_is_not_here_is_refused(tmp_path: Path, name: str) -> None
     tiny_checkpoint(tmp_path, "llama")
     with pytest.raises(BackendError, match=f"device is '{name}'"):
         load(tmp_path, device=name)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_model_without_shared_experts_goes_both_ways(tmp_path: Path, family: str) -> None:
+    """Stock readers expect matrices of width 0 there."""
+    model = tiny_model(family, n_shared_experts=0)
+    save(model, tmp_path / "ours")
+    oracle, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    oracle.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        assert (load(tmp_path / "theirs").logits(IDS_BT) - oracle(IDS_BT).logits).abs().max() <= 1e-4
+
+
+def test_a_model_can_be_copied(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3", quantization_config=None)
+    twin = copy.deepcopy(model)
+    assert twin.config == model.config
+    assert torch.equal(twin.logits(IDS_BT), model.logits(IDS_BT))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_of_endless_depth_is_refused(tmp_path: Path, file: str) -> None:
+    tiny_checkpoint(tmp_path, "llama")
+    (tmp_path / file).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=file):
+        load(tmp_path)

@@ -2,9 +2,11 @@
 
 import pytest
 
-from daedal.errors import CapacityError, RequestError
+from daedal.errors import CapacityError, OverloadError, RequestError
 from daedal.infer.admission import Limits
+from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
+from tests.tiny import tiny_model
 
 LIMITS = Limits(vocab_size=10, context=8, capacity=8, has_text=False)
 
@@ -33,3 +35,23 @@ def test_the_last_token_of_an_answer_needs_no_place_in_the_cache() -> None:
         small.check(_request(3, 4))
     with pytest.raises(CapacityError):
         small.check(_request(6, 0))
+
+
+def test_more_at_once_than_ever_fit_is_another_refusal_than_a_full_engine() -> None:
+    engine = Engine(tiny_model("llama"), max_batch=2, max_waiting=1)
+    engine.check_room(3)
+    with pytest.raises(RequestError, match="at most 3") as caught:
+        engine.check_room(4)
+    assert caught.value.param == "n"
+    engine.add(_request(3, 1))
+    with pytest.raises(OverloadError, match="1 requests are under way"):
+        engine.check_room(3)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-6, 1e-5])
+def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float, filters: dict[str, float]) -> None:
+    engine = Engine(tiny_model("llama"))
+    greedy = engine.generate([[5, 6]], SamplingParams(max_tokens=4, temperature=0.0))
+    cold = engine.generate([[5, 6]], SamplingParams(max_tokens=4, temperature=temperature, **filters))
+    assert cold == greedy

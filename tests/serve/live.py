@@ -105,11 +105,14 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    def check_room(self, count: int) -> None:
+        if self._max_live is not None and len(self._live) + count > self._max_live:
+            raise OverloadError("all places are taken: try again later")
+
     def add(self, request: Request) -> None:
         if any(token >= self._tokenizer.vocab_size for token in request.prompt):
             raise RequestError("prompt holds an id beyond the vocabulary: give smaller ones", param="prompt")
-        if self._max_live is not None and len(self._live) >= self._max_live:
-            raise OverloadError("all places are taken: try again later")
+        self.check_room(1)
         ids = itertools.chain(self._script(request), self._tokenizer.eos_ids)
         ending = Ending(
             request.params,

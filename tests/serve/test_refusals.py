@@ -1,15 +1,18 @@
 """Bad input, case by case: the status, an error object that names the field, and a server that lives on."""
 
+import asyncio
 import itertools
 import threading
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from daedal.serve.app import build_app
-from daedal.serve.body import MAX_BODY_BYTES
+from daedal.serve.body import MAX_BODY_BYTES, read_object
+from daedal.serve.errors import ApiError
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import MODEL, ScriptedEngine, events, real_service, scripted_service, serving
 from tests.tiny import tiny_checkpoint
@@ -255,3 +258,27 @@ def test_a_model_without_a_chat_template_completes_but_does_not_chat(tmp_path: P
     with serving(service) as address, httpx.Client(base_url=f"{address}/v1/") as http:
         refused(http.post(CHAT, json={"messages": HELLO}), 400, code="no_chat_template")
         assert http.post(COMPLETE, json={"prompt": "hi"}).status_code == 200
+
+
+def test_odd_but_lawful_requests_are_answered(http: httpx.Client) -> None:
+    """Next to no temperature; a template variable named as ours; a prompt as long as the context, to be scored."""
+    cold = {"prompt": [5, 6], "max_tokens": 3, "seed": 1}
+    greedy = http.post(COMPLETE, json={**cold, "temperature": 0}).json()["choices"]
+    assert http.post(COMPLETE, json={**cold, "temperature": 1e-300}).json()["choices"] == greedy
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "chat_template_kwargs": {"self": 1}}
+    assert http.post(CHAT, json=chat).status_code == 200
+    whole = {"prompt": [5] * 512, "max_tokens": 0, "echo": True, "logprobs": 1}
+    scored = http.post(COMPLETE, json=whole)
+    assert scored.status_code == 200, scored.text
+    assert len(scored.json()["choices"][0]["logprobs"]["tokens"]) == 512
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> dict[str, object]:
+        return next(arriving)
+
+    with pytest.raises(ApiError, match="the client left"):
+        asyncio.run(read_object(Request({"type": "http", "headers": []}, receive)))
+    assert not caplog.records
