@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = "daedal"
 FLOORS = (
-    ("config", "published", "rope", "shapes", "errors"),
+    ("config", "checks", "published", "published_v4", "rope", "shapes", "errors"),
     ("ops", "text", "cost", "mesh"),
     ("model",),
     ("checkpoint",),
