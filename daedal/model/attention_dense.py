@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
-from daedal.model.batch import CacheView, RaggedBatch
+from daedal.model.forward_pass import ForwardPass
 from daedal.model.linear import Linear
 from daedal.model.norm import RMSNorm
-from daedal.ops.rows import FlatRows, Rows
 
 
 class DenseAttention(nn.Module):
@@ -32,7 +31,7 @@ class DenseAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if normed else None
 
-    def forward(self, x_TD: Tensor, batch: RaggedBatch, turn: tuple[Tensor, Tensor], cache: CacheView | None) -> Tensor:
+    def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
@@ -40,16 +39,9 @@ class DenseAttention(nn.Module):
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         # One rotation for queries and keys: they share positions, and a decode step is bound by launches.
         heads = q_THK.shape[1]
-        rotated = ops.rotary(torch.cat((q_THK, k_TGK), 1), *turn, interleaved=False)
+        rotated = ops.rotary(torch.cat((q_THK, k_TGK), 1), *step.turn(), interleaved=False)
         q_THK, k_TGK = rotated[:, :heads], rotated[:, heads:]
-        keys, values = self._remember(k_TGK, v_TGK, batch, cache)
-        o_THK = ops.attention(q_THK, batch.starts, keys, values, scale=self.scale)
+        rows = step.cache.extend(self.layer, key=k_TGK, value=v_TGK)
+        o_THK = ops.attention(q_THK, step.batch.starts, rows["key"], rows["value"], scale=self.scale)
         y_TD: Tensor = self.o_proj(o_THK.flatten(1))
         return y_TD
-
-    def _remember(self, k_TGK: Tensor, v_TGK: Tensor, batch: RaggedBatch, cache: CacheView | None) -> tuple[Rows, Rows]:
-        if cache is None:
-            return FlatRows(k_TGK, batch.starts), FlatRows(v_TGK, batch.starts)
-        cache.append(self.layer, key=k_TGK, value=v_TGK)
-        stored = cache.read(self.layer)
-        return stored["key"], stored["value"]

@@ -8,12 +8,16 @@ head; cheap when few queries meet a long past, as in decode. Each sequence takes
 by its own counts alone, so its result does not depend on what shares the batch.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
-from daedal.model.batch import CacheView, RaggedBatch
+from daedal.model.forward_pass import ForwardPass
 from daedal.model.linear import Linear
 from daedal.model.norm import RMSNorm
 from daedal.ops.rows import FlatRows, Rows
@@ -48,20 +52,28 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
         self.o_proj = Linear(self.num_heads * self.value, hidden, bias=bias)
 
-    def forward(self, x_TD: Tensor, batch: RaggedBatch, turn: tuple[Tensor, Tensor], cache: CacheView | None) -> Tensor:
-        q_TD = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD))) if self.has_query_latent else self.q_proj(x_TD)
+    def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
+        query_TL = self.q_a_layernorm(self.q_a_proj(x_TD)) if self.has_query_latent else x_TD
+        q_TD = self.q_b_proj(query_TL) if self.has_query_latent else self.q_proj(query_TL)
         q_THN, q_THR = q_TD.unflatten(-1, (self.num_heads, -1)).split((self.nope, self.rope), -1)
         latent_TL, k_TR = self.kv_a_proj_with_mqa(x_TD).split((self.latent, self.rope), -1)
         # One rotation for the queries of all heads and the key part that they share.
-        rotated = ops.rotary(torch.cat((q_THR, k_TR.unsqueeze(1)), 1), *turn, interleaved=self.interleaved)
+        rotated = ops.rotary(torch.cat((q_THR, k_TR.unsqueeze(1)), 1), *step.turn(), interleaved=self.interleaved)
         q_THR, k_TR = rotated[:, : self.num_heads], rotated[:, self.num_heads]
         row_TC = torch.cat((self.kv_a_layernorm(latent_TL), k_TR), -1)
-        rows: Rows = FlatRows(row_TC, batch.starts)
-        if cache is not None:
-            cache.append(self.layer, latent=row_TC)
-            rows = cache.read(self.layer)["latent"]
-        y_TD: Tensor = self.o_proj(self._attend(q_THN, q_THR, batch, rows).flatten(1))
+        rows = step.cache.extend(self.layer, latent=row_TC)["latent"]
+        chosen_TA = self.choose(x_TD, query_TL, step)
+        part = _Part(q_THN, q_THR, step.batch.starts, step.batch.pasts, rows, chosen_TA)
+        y_TD: Tensor = self.o_proj(self._attend(part).flatten(1))
         return y_TD
+
+    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor | None:
+        """Which rows each query reads, as `ops.choose_entries` says; None for all."""
+        return None
+
+    def reads_chosen(self, num_keys: int) -> bool:
+        """Whether a sequence of so many keys has more than its queries read."""
+        return False
 
     def absorbs(self, num_new: int, num_keys: int) -> bool:
         """Whether the absorbed form needs fewer multiplications for `num_new` queries on `num_keys` keys."""
@@ -70,42 +82,92 @@ class LatentAttention(nn.Module):
         absorbed = num_new * expansion + num_new * num_keys * (2 * self.latent + self.rope)
         return absorbed < naive
 
-    def _attend(self, q_THN: Tensor, q_THR: Tensor, batch: RaggedBatch, rows: Rows) -> Tensor:
+    def _attend(self, part: "_Part") -> Tensor:
         """[T, H, V]: each sequence in its own form; sequences of one form go together."""
-        absorbed = [self.absorbs(count, past + count) for past, count in zip(batch.pasts, batch.counts, strict=True)]
-        if all(absorbed):
-            return self.absorbed(q_THN, q_THR, batch.starts, rows)
-        if not any(absorbed):
-            return self.naive(q_THN, q_THR, batch.starts, rows)
-        o_THV = q_THN.new_empty(q_THN.shape[0], self.num_heads, self.value)
-        for form, wanted in ((self.absorbed, True), (self.naive, False)):
-            chosen = [index for index, absorbs in enumerate(absorbed) if absorbs is wanted]
-            spans = [range(batch.starts[index], batch.starts[index + 1]) for index in chosen]
-            tokens_t = torch.tensor([token for span in spans for token in span], device=q_THN.device)
-            starts = [0]
-            for span in spans:
-                starts.append(starts[-1] + len(span))
-            part = form(q_THN[tokens_t], q_THR[tokens_t], tuple(starts), rows.select(chosen))
-            o_THV = o_THV.index_copy(0, tokens_t, part)
+        forms = [
+            self._form(past, end - start) for past, (start, end) in zip(part.pasts, pairwise(part.starts), strict=True)
+        ]
+        kinds = dict.fromkeys(forms)
+        if len(kinds) == 1:
+            return forms[0](part)
+        o_THV = part.q_THN.new_empty(part.q_THN.shape[0], self.num_heads, self.value)
+        for form in kinds:
+            tokens_t, some = part.select([index for index, wanted in enumerate(forms) if wanted == form])
+            o_THV = o_THV.index_copy(0, tokens_t, form(some))
         return o_THV
 
-    def naive(self, q_THN: Tensor, q_THR: Tensor, starts: tuple[int, ...], rows: Rows) -> Tensor:
+    def _form(self, past: int, num_new: int) -> Callable[["_Part"], Tensor]:
+        if self.reads_chosen(past + num_new):
+            return self.sparse
+        return self.absorbed if self.absorbs(num_new, past + num_new) else self.naive
+
+    def naive(self, part: "_Part") -> Tensor:
         """Expands every latent row into the keys and values of all heads (V2, equations 9 to 15)."""
-        flat = rows.flatten()
+        flat = part.rows.flatten()
         latent_SL, k_SR = flat.rows.split((self.latent, self.rope), -1)
         expanded_SHC = self.kv_b_proj(latent_SL).unflatten(-1, (self.num_heads, -1))
         k_SHN, v_SHV = expanded_SHC.split((self.nope, self.value), -1)
         k_SHK = torch.cat((k_SHN, k_SR.unsqueeze(1).expand(-1, self.num_heads, -1)), -1)
-        q_THK = torch.cat((q_THN, q_THR), -1)
+        q_THK = torch.cat((part.q_THN, part.q_THR), -1)
         keys, values = FlatRows(k_SHK, flat.starts), FlatRows(v_SHV, flat.starts)
-        return ops.attention(q_THK, starts, keys, values, scale=self.scale)
+        return ops.attention(q_THK, part.starts, keys, values, scale=self.scale)
 
-    def absorbed(self, q_THN: Tensor, q_THR: Tensor, starts: tuple[int, ...], rows: Rows) -> Tensor:
+    def absorbed(self, part: "_Part") -> Tensor:
         """Attends on the latent rows as one key head that is its own value (V2, section 2.1.2, last paragraph)."""
-        expansion_HCL = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        keys_HNL, values_HVL = expansion_HCL.split((self.nope, self.value), 1)
-        q_THL = torch.matmul(q_THN.transpose(0, 1), keys_HNL).transpose(0, 1)
-        q_THC = torch.cat((q_THL, q_THR), -1)
-        o_THL = ops.attention(q_THC, starts, rows, self.latent, scale=self.scale)
+        q_THC = self._fold_query(part)
+        return self._unfold(ops.attention(q_THC, part.starts, part.rows, self.latent, scale=self.scale))
+
+    def sparse(self, part: "_Part") -> Tensor:
+        """As `absorbed`, on the chosen rows alone (V3.2, section 2)."""
+        o_THL = ops.sparse_attention(
+            self._fold_query(part),
+            part.starts,
+            part.pasts,
+            part.rows,
+            part.chosen_TA,
+            None,
+            None,
+            value_dim=self.latent,
+            scale=self.scale,
+            rate=1,
+            span=0,
+        )
+        return self._unfold(o_THL)
+
+    def _fold_query(self, part: "_Part") -> Tensor:
+        q_THL = torch.matmul(part.q_THN.transpose(0, 1), self._expansion[0]).transpose(0, 1)
+        return torch.cat((q_THL, part.q_THR), -1)
+
+    def _unfold(self, o_THL: Tensor) -> Tensor:
         # Weights on the left: on the right they would be copied first, being a slice of the expansion.
-        return torch.matmul(values_HVL, o_THL.permute(1, 2, 0)).permute(2, 0, 1)
+        return torch.matmul(self._expansion[1], o_THL.permute(1, 2, 0)).permute(2, 0, 1)
+
+    @property
+    def _expansion(self) -> tuple[Tensor, Tensor]:
+        """Per head, from the latent to its keys and to its values: [H, N, L] and [H, V, L]."""
+        keys_HNL, values_HVL = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            (self.nope, self.value), 1
+        )
+        return keys_HNL, values_HVL
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Queries of some sequences, and the rows that they may read."""
+
+    q_THN: Tensor
+    q_THR: Tensor
+    starts: tuple[int, ...]
+    pasts: tuple[int, ...]
+    rows: Rows
+    chosen_TA: Tensor | None
+
+    def select(self, indices: list[int]) -> "tuple[Tensor, _Part]":
+        """Some of the sequences, and which tokens are theirs."""
+        spans = [range(self.starts[index], self.starts[index + 1]) for index in indices]
+        tokens_t = torch.tensor([token for span in spans for token in span], device=self.q_THN.device)
+        starts = tuple(accumulate((len(span) for span in spans), initial=0))
+        pasts = tuple(self.pasts[index] for index in indices)
+        chosen_tA = None if self.chosen_TA is None else self.chosen_TA[tokens_t]
+        part = _Part(self.q_THN[tokens_t], self.q_THR[tokens_t], starts, pasts, self.rows.select(indices), chosen_tA)
+        return tokens_t, part

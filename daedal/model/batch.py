@@ -7,13 +7,13 @@ layer ever asks the device for a length. Paging is hidden behind `CacheView`; la
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from daedal.ops.rows import Rows
+from daedal.ops.rows import FlatRows, Rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +72,24 @@ class RaggedBatch:
 class CacheView(Protocol):
     """The cache as one forward pass sees it: the sequences of its batch, in the batch's order."""
 
-    def append(self, layer: int, **slots: Tensor) -> None:
-        """Stores this batch's rows, each [T, *slot shape] by the slot names of `shapes.cache`."""
+    def extend(self, layer: int, *, rate: int = 1, **slots: Tensor) -> Mapping[str, Rows]:
+        """Stores rows under the slot names of `shapes.cache`, and gives back what the layer may read of those slots.
 
-    def read(self, layer: int) -> Mapping[str, Rows]:
-        """Everything stored so far, this batch's rows included."""
+        rate: tokens of one row. At 1 each slot brings [T, *slot shape]; above 1 a row for each group of `rate` tokens
+        that this batch completes, sequence after sequence. Back come all rows so far, these included; of a ring slot
+        its last n - 1 rows from before this batch, as far as there are any, and then these.
+        """
+
+
+class Uncached:
+    """The `CacheView` of whole sequences with nothing cached, as in training: what is stored is all there is."""
+
+    def __init__(self, batch: RaggedBatch):
+        assert not any(batch.pasts)
+        self._batch = batch
+
+    def extend(self, layer: int, *, rate: int = 1, **slots: Tensor) -> Mapping[str, Rows]:
+        starts = self._batch.starts
+        if rate > 1:
+            starts = tuple(accumulate((count // rate for count in self._batch.counts), initial=0))
+        return {name: FlatRows(rows, starts) for name, rows in slots.items()}

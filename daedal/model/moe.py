@@ -1,7 +1,8 @@
 """The two feed-forward kinds: one gated MLP, and DeepSeekMoE with fine-grained routed and always-on shared experts.
 
 Routing runs in float32 whatever the model's dtype: in bfloat16 near-ties flip experts (DeepSeekMoE, section 3; V2,
-section 2.2; V3, section 2.1.2). The correction bias steers the choice only, never the weights, and is no gradient
+section 2.2; V3, section 2.1.2). In V4's first layers a table gives each token id its experts, and the router only their
+weights (V4, section 2.1). The correction bias steers the choice only, never the weights, and is no gradient
 parameter. Dropless: every token reaches all of its experts.
 """
 
@@ -15,31 +16,35 @@ from daedal.model.linear import Linear
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """down(swiglu(gate x, up x)); limit as in `ops.swiglu`."""
 
-    def __init__(self, hidden: int, width: int, *, bias: bool):
+    def __init__(self, hidden: int, width: int, *, bias: bool, limit: float | None = None):
         super().__init__()
+        self.limit = limit
         self.gate_proj = Linear(hidden, width, bias=bias)
         self.up_proj = Linear(hidden, width, bias=bias)
         self.down_proj = Linear(width, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        y_TD: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD), limit=self.limit))
         return y_TD
 
 
 class Router(nn.Module):
-    """x_TD to (ids_TA, weights_TA float32)."""
+    """x_TD to (ids_TA, weights_TA float32). hashed: experts by the table `tid2eid` [V, A] instead of by choice."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, hashed: bool):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        biased = config.topk_method == "noaux_tc"
+        biased = config.topk_method == "noaux_tc" and not hashed
         self.e_score_correction_bias: Tensor | None
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts) if biased else None)
+        table = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64) if hashed else None
+        self.tid2eid: Tensor | None
+        self.register_buffer("tid2eid", table)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         return ops.route(
@@ -52,6 +57,7 @@ class Router(nn.Module):
             topk_group=config.topk_group,
             normalise=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
+            given_TA=None if self.tid2eid is None else self.tid2eid[ids_T],
         )
 
 
@@ -62,24 +68,26 @@ class Experts(nn.Module):
         super().__init__()
         assert config.moe_intermediate_size is not None
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.limit = config.swiglu_limit
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        return ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_proj, self.down_proj)
+        return ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_proj, self.down_proj, limit=self.limit)
 
 
 class MoE(nn.Module):
-    """x_TD to the sum of its chosen experts and the shared ones."""
+    """x_TD to the sum of its chosen experts and the shared ones. ids_T: the tokens' ids, which hash layers need."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, hashed: bool = False):
         super().__init__()
         assert config.moe_intermediate_size is not None
-        self.gate = Router(config)
+        self.gate = Router(config, hashed=hashed)
         self.experts = Experts(config)
         width = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = GatedMLP(config.hidden_size, width, bias=False) if width else None
+        shared = GatedMLP(config.hidden_size, width, bias=False, limit=config.swiglu_limit) if width else None
+        self.shared_experts = shared
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.experts(x_TD, *self.gate(x_TD))
+    def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
+        y_TD: Tensor = self.experts(x_TD, *self.gate(x_TD, ids_T))
         return y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)

@@ -1,4 +1,4 @@
-"""Angles of the rotary embedding: one table per forward pass, shared by all layers.
+"""Angles of the rotary embedding.
 
 Frequencies follow RoFormer, stretched as `RopeParameters` says: linearly, by Llama 3's bands, or by YaRN's ramp
 (YaRN, section 3.2; V2, section 3.1.4). Computed in float32 in the order that published implementations use, so that
@@ -10,15 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from daedal.config import ModelConfig
 from daedal.rope import RopeParameters
 
 
-def angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos_TC and sin_TC for positions_T, float32, C = rope_dim / 2; YaRN's magnitude is in them."""
-    frequencies_C = inverse_frequencies(config.rope_parameters, config.rope_dim, device=positions_T.device)
+def angles(rope: RopeParameters, dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos_TC and sin_TC for positions_T, float32, C = dim / 2; YaRN's magnitude is in them."""
+    frequencies_C = inverse_frequencies(rope, dim, device=positions_T.device)
     angles_TC = positions_T.float().unsqueeze(-1) * frequencies_C
-    scale = config.rope_parameters.rotation_scale()
+    scale = rope.rotation_scale()
     return angles_TC.cos() * scale, angles_TC.sin() * scale
 
 

@@ -7,55 +7,40 @@ translation; routed experts are stacked. The list of parameters is `shapes.param
 import torch
 from torch import Tensor, nn
 
-from daedal import ops
+from daedal import ops, shapes
 from daedal.config import ModelConfig
 from daedal.errors import RequestError
-from daedal.model.attention_dense import DenseAttention
-from daedal.model.attention_latent import LatentAttention
 from daedal.model.batch import CacheView, RaggedBatch
-from daedal.model.moe import GatedMLP, MoE
+from daedal.model.forward_pass import ForwardPass
+from daedal.model.hyper_connections import HyperHead
+from daedal.model.layers import HyperLayer, Layer
+from daedal.model.mtp import Draft, HyperDraft
 from daedal.model.norm import RMSNorm
-from daedal.model.rotary import angles
-
-
-class Layer(nn.Module):
-    """Attention, then feed-forward, each on the normed input and added to it."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        latent = config.layer_types[layer] == "latent_attention"
-        sparse = config.mlp_layer_types[layer] == "sparse"
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LatentAttention(config, layer) if latent else DenseAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (
-            MoE(config) if sparse else GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        )
-
-    def forward(self, x_TD: Tensor, batch: RaggedBatch, turn: tuple[Tensor, Tensor], cache: CacheView | None) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), batch, turn, cache)
-        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return y_TD
 
 
 class Transformer(nn.Module):
     """A language model: token ids to logits.
 
     Parameters are allocated on torch's default device and dtype and not initialised: `checkpoint.load` fills them from
-    files, `initialise` with random numbers.
+    files, `initialise` with random numbers. drafting: with the model's own drafting modules, `mtp`.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, drafting: bool = False):
         super().__init__()
         self.config = config
         # Given its weight, the module draws no random numbers, for which the meta device would import a compiler.
         rows = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        layer_kind, draft_kind = (HyperLayer, HyperDraft) if config.is_compressed else (Layer, Draft)
+        num_layers = config.num_hidden_layers
+        self.layers = nn.ModuleList(layer_kind(config, layer) for layer in range(num_layers))
+        self.hc_head = HyperHead(config) if config.is_compressed else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        num_drafts = config.num_nextn_predict_layers if drafting else 0
+        self.mtp = nn.ModuleList(draft_kind(config, num_layers + module) for module in range(num_drafts))
         self._widened: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def forward(
@@ -71,14 +56,52 @@ class Transformer(nn.Module):
         rows: int64 indices into T, the positions wanted; all without it. cache: extended by this batch; its sequences
         are those of the batch, in order.
         """
-        x_TD = self.embed_tokens(batch.ids_T)
-        turn = angles(self.config, batch.positions_T)
-        for layer in self.layers:
-            x_TD = layer(x_TD, batch, turn, cache)
+        carried = self._carry(batch, cache)
         if rows is not None:
-            x_TD = x_TD[rows]
-        x_TD = self.norm(x_TD)
-        return x_TD if hidden else self.head(x_TD)
+            carried = carried[rows]
+        hidden_TD = self._normed(carried)
+        return hidden_TD if hidden else self.head(hidden_TD)
+
+    def states(self, batch: RaggedBatch, cache: CacheView | None = None) -> Tensor:
+        """What `finish` and the drafting modules start from: hidden_TD, normed; in V4 the residual streams_TMD."""
+        carried = self._carry(batch, cache)
+        return carried if self.config.is_compressed else self._normed(carried)
+
+    def finish(self, states: Tensor) -> Tensor:
+        """States of any positions to hidden_TD, normed, which `head` reads."""
+        return self._normed(states) if self.config.is_compressed else states
+
+    def draft(self, module: int, batch: RaggedBatch, states: Tensor, cache: CacheView | None = None) -> Tensor:
+        """States of drafting module `module`, for the token after the next.
+
+        batch: the tokens that follow each state, at the positions of the states. states: the backbone's, or the
+        module's own to draft further. cache: one with slots for drafting.
+        """
+        step = ForwardPass(self.config, batch, cache)
+        return self._drafter(module).propose(states, self.embed_tokens(batch.ids_T), step)
+
+    def finish_draft(self, module: int, states: Tensor) -> Tensor:
+        """A drafting module's states of any positions to hidden_TD, which `head` reads."""
+        return self._drafter(module).finish(states)
+
+    def _drafter(self, module: int) -> Draft | HyperDraft:
+        drafter = self.mtp[module]
+        assert isinstance(drafter, Draft | HyperDraft)
+        return drafter
+
+    def _carry(self, batch: RaggedBatch, cache: CacheView | None) -> Tensor:
+        """Through all layers: x_TD, or V4's streams_TMD."""
+        carried: Tensor = self.embed_tokens(batch.ids_T)
+        if self.config.hc_mult is not None:
+            carried = carried.unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+        step = ForwardPass(self.config, batch, cache)
+        for layer in self.layers:
+            carried = layer(carried, step)
+        return carried
+
+    def _normed(self, carried: Tensor) -> Tensor:
+        hidden_TD: Tensor = self.norm(carried if self.hc_head is None else self.hc_head(carried))
+        return hidden_TD
 
     def head(self, hidden_TD: Tensor) -> Tensor:
         """Normed hidden states to logits_TV in float32, never rounded to fewer bits in between (float64 stays)."""
@@ -125,12 +148,14 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def initialise(model: Transformer, *, seed: int) -> Transformer:
-    """Fills `model` with random weights: normal with the configuration's deviation, norms 1, biases 0. Same seed and
-    device, same weights.
+    """Fills `model` with random weights: normal with the configuration's deviation, norms and scales 1, biases and
+    sinks 0, hash tables uniform. Same seed and device, same weights.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.endswith("bias"):
+        if name.endswith("tid2eid"):
+            tensor.random_(0, model.config.n_routed_experts, generator=generator)
+        elif name.endswith(("bias", "base", "sinks")):
             tensor.zero_()
         elif tensor.dim() == 1:
             tensor.fill_(1.0)
@@ -140,17 +165,24 @@ def initialise(model: Transformer, *, seed: int) -> Transformer:
 
 
 def empty(
-    config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    drafting: bool = False,
 ) -> Transformer:
-    """A Transformer with uninitialised parameters of `dtype` on `device`. The router's correction bias stays float32:
-    in fewer bits it flips experts.
+    """A Transformer with uninitialised parameters of `dtype` on `device`; those that `shapes` calls wide are float32
+    whatever the dtype (float64 stays). drafting: with the model's own drafting modules.
     """
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config, drafting=drafting)
     model = model.to(dtype)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.data = buffer.data.float()
+    slots = shapes.parameters(config) + (shapes.drafting(config) if drafting else [])
+    wide = {slot.name for slot in slots if slot.wide}
+    if dtype != torch.float64:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in wide:
+                tensor.data = tensor.data.float()
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
     if config.tie_word_embeddings:

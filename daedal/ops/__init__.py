@@ -14,8 +14,10 @@ explain = REGISTRY.explain
 using = REGISTRY.using
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis. Any leading axes; float32 inside; result in x's dtype."""
+def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; weight None is 1. Any leading axes; float32 inside; result
+    in x's dtype.
+    """
     result: Tensor = REGISTRY.call("rms_norm", x_TD, weight_D, eps)
     return result
 
@@ -23,6 +25,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """x weight^T + bias over the last axis, accumulated in float32 at least, result in x's dtype. T may be 0."""
     result: Tensor = REGISTRY.call("linear", x_TD, weight_FD, bias_F)
+    return result
+
+
+def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor) -> Tensor:
+    """A block-diagonal projection: group g of x times its own matrix. Returns [T, G, F] in x's dtype (V4, 2.3)."""
+    result: Tensor = REGISTRY.call("grouped_linear", x_TGC, weight_GFC)
     return result
 
 
@@ -36,9 +44,9 @@ def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) 
     return result
 
 
-def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
-    result: Tensor = REGISTRY.call("swiglu", gate_TF, up_TF)
+def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None = None) -> Tensor:
+    """silu(gate) * up, elementwise. limit: gate is first cut off above it, up on both sides (V4)."""
+    result: Tensor = REGISTRY.call("swiglu", gate_TF, up_TF, limit=limit)
     return result
 
 
@@ -54,6 +62,95 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
     return result
 
 
+def choose_entries(
+    q_TIK: Tensor,
+    weights_TI: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    keys: Rows,
+    *,
+    count: int,
+    rate: int,
+) -> Tensor:
+    """Which entries each query reads: chosen_TA int64, ascending, then -1 where there are fewer (V3.2; V4, 2.3).
+
+    The score of entry s for query t is sum over i of weights[t, i] * relu(q[t, i] . k[s]), in float32. q_TIK: I index
+    heads. keys: per sequence [S, K], one for each group of `rate` tokens that is complete. The query at position p (a
+    sequence's first is its `past`) sees the entries below (p + 1) // rate, and chooses the `count` best of them, ties
+    to the lowest index. A is the smaller of count and the most that any sequence has. No gradient passes.
+    """
+    result: Tensor = REGISTRY.call("choose_entries", q_TIK, weights_TI, starts, pasts, keys, count=count, rate=rate)
+    return result
+
+
+def sparse_attention(
+    q_THK: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    entries: Rows | None,
+    chosen_TA: Tensor | None,
+    window: Rows | None,
+    sinks_H: Tensor | None,
+    *,
+    value_dim: int,
+    scale: float,
+    rate: int,
+    span: int,
+) -> Tensor:
+    """Attention of all heads on one shared row per key, whose first `value_dim` numbers are its value (V3.2; V4, 2.3).
+
+    entries: per sequence [S, K], one for each complete group of `rate` tokens. The query at position p sees those below
+    (p + 1) // rate; with chosen_TA (int64, -1 for none) only those that it names. window: per sequence its last rows
+    up to the batch's last token, one per token; the query at p sees those of positions p - span + 1 to p. sinks_H:
+    per head a logit, not scaled, that takes its share of the softmax and adds nothing. Softmax in float32. Returns
+    [T, H, value_dim] in q's dtype. A query that sees nothing gives 0.
+    """
+    result: Tensor = REGISTRY.call(
+        "sparse_attention",
+        q_THK,
+        starts,
+        pasts,
+        entries,
+        chosen_TA,
+        window,
+        sinks_H,
+        value_dim=value_dim,
+        scale=scale,
+        rate=rate,
+        span=span,
+    )
+    return result
+
+
+def hyper_collapse(
+    streams_TMD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block's input and mixing weights from the residual streams (mHC; V4, section 2.2), all in float32 inside.
+
+    fn: [(2 + M) M, M D]; base: [(2 + M) M]; scale: [3]. The normed streams times fn give logits for input, output and
+    mixing. x = sum of (sigmoid + eps) * stream. post = 2 sigmoid. comb: softmax over the last axis plus eps, then made
+    doubly stochastic by `iterations` divisions by column sums with row sums between, eps added to each sum.
+    Returns x_TD in the streams' dtype, post_TM and comb_TMM in float32.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = REGISTRY.call(
+        "hyper_collapse", streams_TMD, fn, base, scale, norm_eps=norm_eps, eps=eps, iterations=iterations
+    )
+    return result
+
+
+def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
+    """Streams after a block: stream k is post_k * y + sum over j of comb[j, k] * stream_j; float32 inside."""
+    result: Tensor = REGISTRY.call("hyper_expand", y_TD, streams_TMD, post_TM, comb_TMM)
+    return result
+
+
 def route(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -65,10 +162,12 @@ def route(
     topk_group: int,
     normalise: bool,
     scale: float,
+    given_TA: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses experts: (ids_TA int64, weights_TA float32). Ties go to the lowest index, of experts and of groups.
 
-    logits_TE: float32. scoring: "softmax" or "sigmoid" gives s. method "greedy": the best s. "group_limited_greedy"
+    logits_TE: float32. given_TA: ids that are chosen already (V4's hash layers); only their weights are left to find.
+    scoring: "softmax", "sigmoid" or "sqrtsoftplus" (V4) gives s. method "greedy": the best s. "group_limited_greedy"
     (V2): groups ranked by their best s, others set to 0. "noaux_tc" (V3): chosen by s + bias, groups ranked by the sum
     of their best two, others set to -inf; weights are s without bias. normalise: weights sum to 1 before `scale`.
     Order of a token's experts: the best first. V2 section 2.2, V3 section 2.1.2.
@@ -84,23 +183,34 @@ def route(
         topk_group=topk_group,
         normalise=normalise,
         scale=scale,
+        given_TA=given_TA,
     )
     return result
 
 
-def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Sum over a token's experts of weight * down(silu(gate x) * up x). Returns [T, D] in x's dtype.
+def experts(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    *,
+    limit: float | None = None,
+) -> Tensor:
+    """Sum over a token's experts of weight * down(swiglu(gate x, up x)). Returns [T, D] in x's dtype.
 
-    gate_up_EFD: [E, 2F, D], gate rows first; down_EDF: [E, D, F]. ids_TA: distinct within a token. The sum over experts
-    is taken in float32, in ascending order of the expert's index. T may be 0.
+    gate_up_EFD: [E, 2F, D], gate rows first; down_EDF: [E, D, F]. ids_TA: an expert named twice counts twice. limit: as
+    in `swiglu`. The sum over experts is taken in float32, in ascending order of the expert's index. T may be 0.
     """
-    result: Tensor = REGISTRY.call("experts", x_TD, ids_TA, weights_TA, gate_up_EFD, down_EDF)
+    result: Tensor = REGISTRY.call("experts", x_TD, ids_TA, weights_TA, gate_up_EFD, down_EDF, limit=limit)
     return result
 
 
 # The backends register themselves once the ops are declared.
 from daedal.ops import reference  # noqa: E402, F401  isort: skip
+from daedal.ops import reference_sparse  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten  # noqa: E402, F401  isort: skip
+from daedal.ops.backends import aten_sparse  # noqa: E402, F401  isort: skip
 
 REGISTRY.check_environment()
 
@@ -111,12 +221,17 @@ __all__ = [
     "Pages",
     "Rows",
     "attention",
+    "choose_entries",
     "experts",
     "explain",
+    "grouped_linear",
+    "hyper_collapse",
+    "hyper_expand",
     "linear",
     "rms_norm",
     "rotary",
     "route",
+    "sparse_attention",
     "swiglu",
     "using",
 ]

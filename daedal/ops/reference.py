@@ -7,6 +7,7 @@ trick is used; where arithmetic has an order or a precision, it is the one that 
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from daedal.ops.registry import REFERENCE, REGISTRY
@@ -14,21 +15,26 @@ from daedal.ops.rows import FlatRows, Rows
 
 
 @REGISTRY.register("rms_norm", REFERENCE)
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    x = _wide(x_TD)
+def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    x = wide(x_TD)
     scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (scaled * weight_D).to(x_TD.dtype)
+    return (scaled if weight_D is None else scaled * weight_D).to(x_TD.dtype)
 
 
 @REGISTRY.register("linear", REFERENCE)
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    y_TF = _wide(x_TD) @ _wide(weight_FD).T
+    y_TF = wide(x_TD) @ wide(weight_FD).T
     return (y_TF if bias_F is None else y_TF + bias_F).to(x_TD.dtype)
+
+
+@REGISTRY.register("grouped_linear", REFERENCE)
+def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor) -> Tensor:
+    return torch.einsum("tgc,gfc->tgf", wide(x_TGC), wide(weight_GFC)).to(x_TGC.dtype)
 
 
 @REGISTRY.register("rotary", REFERENCE)
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> Tensor:
-    x = _wide(x_THR)
+    x = wide(x_THR)
     cos, sin = cos_TC.unsqueeze(1), sin_TC.unsqueeze(1)
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
@@ -40,18 +46,20 @@ def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) 
 
 
 @REGISTRY.register("swiglu", REFERENCE)
-def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    gate = _wide(gate_TF)
-    return (gate * torch.sigmoid(gate) * up_TF).to(gate_TF.dtype)
+def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> Tensor:
+    gate, up = wide(gate_TF), wide(up_TF)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(gate) * up).to(gate_TF.dtype)
 
 
 @REGISTRY.register("attention", REFERENCE)
 def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float) -> Tensor:
     outputs = []
     for index, (start, end) in enumerate(pairwise(starts)):
-        q_tHK = _wide(q_THK[start:end])
-        k_SGK = _heads(_wide(keys.sequence(index)))
-        v_SGV = k_SGK[..., :values] if isinstance(values, int) else _heads(_wide(values.sequence(index)))
+        q_tHK = wide(q_THK[start:end])
+        k_SGK = _heads(wide(keys.sequence(index)))
+        v_SGV = k_SGK[..., :values] if isinstance(values, int) else _heads(wide(values.sequence(index)))
         num_new, num_keys = q_tHK.shape[0], k_SGK.shape[0]
         repeats = q_tHK.shape[1] // k_SGK.shape[1]
         k_SHK, v_SHV = k_SGK.repeat_interleave(repeats, 1), v_SGV.repeat_interleave(repeats, 1)
@@ -75,10 +83,11 @@ def route(
     topk_group: int,
     normalise: bool,
     scale: float,
+    given_TA: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
+    scores_TE = _scores(logits_TE, scoring)
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-    if method != "greedy" and topk_group < n_group:
+    if given_TA is None and method != "greedy" and topk_group < n_group:
         grouped = choice_TE.unflatten(-1, (n_group, -1))
         if method == "noaux_tc":
             rank, excluded = grouped.topk(2, -1).values.sum(-1), float("-inf")
@@ -86,7 +95,7 @@ def route(
             rank, excluded = grouped.amax(-1), 0.0
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, _best(rank, topk_group), True)
         choice_TE = grouped.masked_fill(~kept.unsqueeze(-1), excluded).flatten(-2)
-    ids_TA = _best(choice_TE, num_active)
+    ids_TA = _best(choice_TE, num_active) if given_TA is None else given_TA
     weights_TA = scores_TE.gather(-1, ids_TA)
     if normalise:
         weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-20)
@@ -94,17 +103,25 @@ def route(
 
 
 @REGISTRY.register("experts", REFERENCE)
-def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    total = torch.zeros_like(_wide(x_TD))
+def experts(
+    x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, *, limit: float | None
+) -> Tensor:
+    total = torch.zeros_like(wide(x_TD))
     for expert in range(gate_up_EFD.shape[0]):
         tokens, place = (ids_TA == expert).nonzero(as_tuple=True)
         gate, up = (x_TD[tokens] @ gate_up_EFD[expert].T).chunk(2, -1)
-        result = swiglu(gate, up) @ down_EDF[expert].T
-        total = total.index_add(0, tokens, _wide(result) * weights_TA[tokens, place].unsqueeze(-1))
+        result = swiglu(gate, up, limit=limit) @ down_EDF[expert].T
+        total = total.index_add(0, tokens, wide(result) * weights_TA[tokens, place].unsqueeze(-1))
     return total.to(x_TD.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
+    if scoring == "softmax":
+        return logits_TE.softmax(-1)
+    return logits_TE.sigmoid() if scoring == "sigmoid" else F.softplus(logits_TE).sqrt()
+
+
+def wide(x: Tensor) -> Tensor:
     """float32 at least; float64 stays, so that tests can check against it."""
     return x if x.dtype == torch.float64 else x.float()
 

@@ -32,6 +32,10 @@ class FlatRows:
         """[S_i, ...]: a view."""
         return self.rows[self.starts[index] : self.starts[index + 1]]
 
+    def take(self, index: int, chosen: Tensor) -> Tensor:
+        """[*chosen, ...]: a copy of some rows of a sequence, by their place in it."""
+        return self.sequence(index)[chosen]
+
     def select(self, indices: Sequence[int]) -> "FlatRows":
         """The rows of some sequences, side by side."""
         return _side_by_side([self.sequence(index) for index in indices])
@@ -45,7 +49,7 @@ class Pages:
     """Where sequences lie in every pool of a cache: one object for all layers of a step, so that what follows from it
     is worked out once.
 
-    tables: per sequence its pages in order. lengths: its tokens. page_size: tokens of a page.
+    tables: per sequence its pages in order. lengths: its rows. page_size: rows of a page.
     """
 
     tables: tuple[tuple[int, ...], ...]
@@ -62,6 +66,16 @@ class Pages:
         return self.tables[index][: -(-self.lengths[index] // self.page_size)]
 
     @cached_property
+    def positions(self) -> tuple[Tensor, ...]:
+        """Per sequence, for each of its rows the row of a pool, int64."""
+        offsets_N = torch.arange(self.page_size)
+        rows = []
+        for index, length in enumerate(self.lengths):
+            pages_P = torch.tensor(self.used(index), dtype=torch.int64)
+            rows.append((pages_P.unsqueeze(-1) * self.page_size + offsets_N).flatten()[:length])
+        return tuple(rows)
+
+    @cached_property
     def first_pages(self) -> tuple[int | None, ...]:
         """Per sequence its first page, where its pages follow one another in the pool; else None."""
         firsts: list[int | None] = []
@@ -76,12 +90,10 @@ class Pages:
         """(index_BS, hidden_BS): for each place of a rectangle as long as the longest sequence, the row of a pool to
         read, and whether it is padding. Padding repeats a sequence's first row, so that it reads nothing unwritten.
         """
-        offsets_N = torch.arange(self.page_size)
         index_BS = torch.empty((len(self.lengths), max(self.lengths)), dtype=torch.int64)
         hidden_BS = torch.zeros_like(index_BS, dtype=torch.bool)
         for row, length in enumerate(self.lengths):
-            pages_P = torch.tensor(self.used(row), dtype=torch.int64)
-            rows_S = (pages_P.unsqueeze(-1) * self.page_size + offsets_N).flatten()[:length]
+            rows_S = self.positions[row]
             index_BS[row, :length] = rows_S
             index_BS[row, length:] = rows_S[0]
             hidden_BS[row, length:] = True
@@ -110,6 +122,13 @@ class PagedRows:
         else:
             held = self.pool[first : first + len(used)]
         return held.flatten(0, 1)[: self.lengths[index]]
+
+    def take(self, index: int, chosen: Tensor) -> Tensor:
+        """[*chosen, ...]: a copy of some rows of a sequence, by their place in it; no other row is read."""
+        if self.pages.first_pages[index] is not None:
+            return self.sequence(index)[chosen]
+        rows_S = self.pages.positions[index].to(self.pool.device)
+        return self.pool.flatten(0, 1)[rows_S[chosen]]
 
     def select(self, indices: Sequence[int]) -> "PagedRows":
         """Some sequences of the same pool."""

@@ -1,0 +1,196 @@
+"""Backend `aten`, the sparse side: entries are chosen in tiles, and attention reads only what was chosen.
+
+Queries go in blocks small enough that a block's scores and gathered rows stay within a few megabytes, whatever the
+context. All heads share one row per key, so a block is a handful of matrix products.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from daedal.ops.backends.aten import BACKEND
+from daedal.ops.reference import wide
+from daedal.ops.reference_sparse import chosen_width, visible
+from daedal.ops.registry import REGISTRY
+from daedal.ops.rows import Rows
+
+BLOCK = 128  # queries at once, at most
+TILE_NUMBERS = 2**22  # numbers of a temporary tensor, about: 16 MiB in float32
+GATHER_HEADS = 16  # copying a row costs about as much as so many heads' arithmetic on it
+
+
+@REGISTRY.register("choose_entries", BACKEND)
+def choose_entries(
+    q_TIK: Tensor,
+    weights_TI: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    keys: Rows,
+    *,
+    count: int,
+    rate: int,
+) -> Tensor:
+    chosen_TA = q_TIK.new_full((q_TIK.shape[0], chosen_width(keys, count)), -1, dtype=torch.int64)
+    with torch.no_grad():
+        for index, (start, end) in enumerate(pairwise(starts)):
+            if end == start:
+                continue
+            seen_t = visible(pasts[index], end - start, rate, q_TIK.device)
+            most = (pasts[index] + end - start) // rate
+            if most <= count:
+                all_A = torch.arange(chosen_TA.shape[1], device=q_TIK.device)
+                chosen_TA[start:end] = torch.where(all_A < seen_t[:, None], all_A, -1)
+                continue
+            keys_SK = keys.sequence(index)
+            block = max(min(end - start, TILE_NUMBERS // (4 * most)), 1)
+            for first in range(0, end - start, block):
+                rows = slice(start + first, min(start + first + block, end))
+                seen = seen_t[first : first + block]
+                num_keys = (pasts[index] + rows.stop - start) // rate
+                scores_tS = _scores(wide(q_TIK[rows]), wide(weights_TI[rows]), keys_SK[:num_keys])
+                chosen_TA[rows] = _best(scores_tS, seen, count, chosen_TA.shape[1])
+    return chosen_TA
+
+
+def _scores(q_tIK: Tensor, weights_tI: Tensor, keys_SK: Tensor) -> Tensor:
+    """[t, S], in tiles of keys."""
+    num_queries, heads = weights_tI.shape
+    scores_tS = q_tIK.new_empty(num_queries, keys_SK.shape[0])
+    tile = max(TILE_NUMBERS // (num_queries * heads), 64)
+    flat_q = q_tIK.flatten(0, 1)
+    for first in range(0, keys_SK.shape[0], tile):
+        products = (flat_q @ wide(keys_SK[first : first + tile]).T).relu_().view(num_queries, heads, -1)
+        scores_tS[:, first : first + tile] = torch.bmm(weights_tI.unsqueeze(1), products).squeeze(1)
+    return scores_tS
+
+
+def _best(scores_tS: Tensor, seen_t: Tensor, count: int, width: int) -> Tensor:
+    """[t, width]: the `count` best of each row's first `seen` entries, ascending, ties to the lowest, then -1."""
+    numbers_S = torch.arange(scores_tS.shape[1], device=scores_tS.device)
+    if scores_tS.shape[0] > 1:
+        scores_tS = scores_tS.masked_fill_(numbers_S >= seen_t[:, None], float("-inf"))
+    num_best = min(count, scores_tS.shape[1])
+    least_t1 = scores_tS.topk(num_best, sorted=False).values.amin(-1, keepdim=True)
+    above_tS = scores_tS > least_t1
+    # topk promises nothing about which of equals it takes: the lowest fill what is left.
+    equal_tS = scores_tS == least_t1
+    room_t1 = num_best - above_tS.sum(-1, keepdim=True)
+    taken_tS = above_tS | (equal_tS & (equal_tS.cumsum(-1) <= room_t1))
+    taken_tA = taken_tS.nonzero()[:, 1].view(-1, num_best)
+    chosen = torch.where(taken_tA < seen_t[:, None], taken_tA, -1)
+    if width > num_best:
+        chosen = torch.nn.functional.pad(chosen, (0, width - num_best), value=-1)
+    return chosen
+
+
+@REGISTRY.register("sparse_attention", BACKEND)
+def sparse_attention(
+    q_THK: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    entries: Rows | None,
+    chosen_TA: Tensor | None,
+    window: Rows | None,
+    sinks_H: Tensor | None,
+    *,
+    value_dim: int,
+    scale: float,
+    rate: int,
+    span: int,
+) -> Tensor:
+    outputs = [q_THK.new_empty(0, q_THK.shape[1], value_dim)]
+    for index, (start, end) in enumerate(pairwise(starts)):
+        past, num_new = pasts[index], end - start
+        chosen_tA = None if chosen_TA is None else chosen_TA[start:end]
+        keys = _Keys(q_THK[start:end], index, past, entries, chosen_tA, window)
+        block = keys.block(rate)
+        for first in range(0, num_new, block):
+            last = min(first + block, num_new)
+            q_tHK = wide(q_THK[start + first : start + last]) * scale
+            parts = keys.parts(first, last, rate, span)
+            outputs.append(_attend(q_tHK, parts, sinks_H, value_dim).to(q_THK.dtype))
+    return torch.cat(outputs)
+
+
+Part = tuple[Tensor, Tensor]  # rows [n, K] for all queries of a block or [t, n, K] for each; which they see, [t, n]
+
+
+class _Keys:
+    """What the queries of one sequence may read, cut to size for one block of them at a time."""
+
+    def __init__(
+        self,
+        q_tHK: Tensor,
+        index: int,
+        past: int,
+        entries: Rows | None,
+        chosen_tA: Tensor | None,
+        window: Rows | None,
+    ):
+        num_new, self._heads, self._dim = q_tHK.shape
+        self._index, self._past, self._last, self._device = index, past, past + num_new, q_tHK.device
+        self._entries, self._chosen_tA = entries, chosen_tA
+        self._window_WK = None if window is None else window.sequence(index)
+        num_entries = 0 if entries is None else entries.lengths[index]
+        num_chosen = num_entries if chosen_tA is None else chosen_tA.shape[1]
+        self._gathers = 0 < num_chosen * (1 + GATHER_HEADS / self._heads) < num_entries
+        self._all_SK = None if entries is None or self._gathers else wide(entries.sequence(index))
+
+    def block(self, rate: int) -> int:
+        """Queries that go together."""
+        if self._gathers:
+            assert self._chosen_tA is not None
+            return max(min(BLOCK, TILE_NUMBERS // (self._chosen_tA.shape[1] * max(self._dim, self._heads))), 1)
+        return max(min(BLOCK, TILE_NUMBERS // (self._heads * (BLOCK + self._last // rate))), 1)
+
+    def parts(self, first: int, last: int, rate: int, span: int) -> list[Part]:
+        """For queries first to last of the sequence's own: window rows, then entries."""
+        positions_t = torch.arange(self._past + first, self._past + last, device=self._device)
+        parts: list[Part] = []
+        if self._window_WK is not None:
+            origin = self._last - self._window_WK.shape[0]
+            low, high = max(self._past + first - span + 1, origin), self._past + last
+            age_tW = positions_t[:, None] - torch.arange(low, high, device=self._device)
+            parts.append((wide(self._window_WK[low - origin : high - origin]), (age_tW >= 0) & (age_tW < span)))
+        if self._entries is None or (self._past + last) // rate == 0:
+            return parts
+        seen_t1 = ((positions_t + 1) // rate)[:, None]
+        if self._gathers:
+            assert self._chosen_tA is not None
+            chosen_tA = self._chosen_tA[first:last]
+            parts.append((wide(self._entries.take(self._index, chosen_tA.clamp(min=0))), chosen_tA >= 0))
+            return parts
+        assert self._all_SK is not None
+        rows_SK = self._all_SK[: (self._past + last) // rate]
+        seen_tS = torch.arange(rows_SK.shape[0], device=self._device) < seen_t1
+        if self._chosen_tA is not None:
+            named_tS = torch.zeros(last - first, rows_SK.shape[0] + 1, dtype=torch.bool, device=self._device)
+            chosen_tA = self._chosen_tA[first:last]
+            named_tS.scatter_(1, torch.where(chosen_tA < 0, rows_SK.shape[0], chosen_tA), True)
+            seen_tS &= named_tS[:, :-1]
+        parts.append((rows_SK, seen_tS))
+        return parts
+
+
+def _attend(q_tHK: Tensor, parts: list[Part], sinks_H: Tensor | None, value_dim: int) -> Tensor:
+    """[t, H, V] in float32; q_tHK is scaled already. One softmax over all parts and the sink."""
+    logits: list[Tensor] = []
+    for rows, seen_tn in parts:
+        product_tHn = torch.matmul(q_tHK, rows.transpose(-2, -1) if rows.dim() == 3 else rows.T)
+        logits.append(product_tHn.masked_fill(~seen_tn[:, None], float("-inf")))
+    if sinks_H is not None:
+        logits.append(sinks_H.to(q_tHK.dtype)[None, :, None].expand(q_tHK.shape[0], -1, 1))
+    if not logits:
+        return q_tHK.new_zeros(*q_tHK.shape[:2], value_dim)
+    together = torch.cat(logits, -1)
+    peak_tH1 = together.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(together.dtype).min)
+    weights = (together - peak_tH1).exp()
+    total_tH1 = weights.sum(-1, keepdim=True)
+    o_tHV = q_tHK.new_zeros(*q_tHK.shape[:2], value_dim)
+    start = 0
+    for rows, seen_tn in parts:
+        weights_tHn = weights[..., start : start + seen_tn.shape[1]]
+        o_tHV = o_tHV + torch.matmul(weights_tHn, rows[..., :value_dim])
+        start += seen_tn.shape[1]
+    return o_tHV / total_tH1.clamp_min(torch.finfo(total_tH1.dtype).tiny)
