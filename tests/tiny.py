@@ -10,7 +10,7 @@ from daedal.checkpoint.save import save
 from daedal.config import ModelConfig
 from daedal.model.transformer import Transformer, empty
 
-FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 
 _TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
@@ -61,20 +61,58 @@ def tiny_published(family: str, **changes: object) -> dict[str, object]:
         }
     if family == "deepseek_v2":
         published |= {"topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0}
+    if family == "deepseek_v32":
+        published |= {"index_n_heads": 16, "index_head_dim": 20, "index_topk": 11}
+    if family == "deepseek_v4":
+        published |= _V4
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "n_group", "topk_group", "intermediate_size"):
+            del published[name]
     return published | changes
+
+
+# Every kind of attention and of feed-forward; entries, windows and choices small enough that short texts cross them.
+_V4: dict[str, object] = {
+    "num_hidden_layers": 4,
+    "compress_ratios": [0, 4, 128, 4, 0],
+    "num_hash_layers": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 20,
+    "o_groups": 3,
+    "o_lora_rank": 10,
+    "sliding_window": 16,
+    "index_n_heads": 16,
+    "index_head_dim": 12,
+    "index_topk": 7,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.5,
+    "compress_rope_theta": 160000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "max_position_embeddings": 2048,
+    "num_nextn_predict_layers": 1,
+}
 
 
 def tiny_config(family: str, **changes: object) -> ModelConfig:
     return ModelConfig.from_published(tiny_published(family, **changes))
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, drafting: bool = False, **changes: object
+) -> Transformer:
     """A model with lively random weights: norms and biases vary too, so that a forgotten one is seen."""
-    model = empty(tiny_config(family, **changes), dtype=dtype)
+    model = empty(tiny_config(family, **changes), dtype=dtype, drafting=drafting)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith("bias"):
+            if name.endswith("tid2eid"):
+                tensor.random_(0, model.config.n_routed_experts, generator=generator)
+            elif name.endswith(("bias", "base", "sinks")):
                 tensor.normal_(0.0, 0.1, generator=generator)
             elif tensor.dim() == 1:
                 tensor.normal_(1.0, 0.1, generator=generator)

@@ -63,7 +63,7 @@ class LatentAttention(nn.Module):
         row_TC = torch.cat((self.kv_a_layernorm(latent_TL), k_TR), -1)
         rows = step.cache.extend(self.layer, latent=row_TC)["latent"]
         chosen_TA = self.choose(x_TD, query_TL, step)
-        part = _Part(q_THN, q_THR, step.batch.starts, step.batch.pasts, rows, chosen_TA)
+        part = Part(q_THN, q_THR, step.batch.starts, step.batch.pasts, rows, chosen_TA)
         y_TD: Tensor = self.o_proj(self._attend(part).flatten(1))
         return y_TD
 
@@ -82,7 +82,7 @@ class LatentAttention(nn.Module):
         absorbed = num_new * expansion + num_new * num_keys * (2 * self.latent + self.rope)
         return absorbed < naive
 
-    def _attend(self, part: "_Part") -> Tensor:
+    def _attend(self, part: "Part") -> Tensor:
         """[T, H, V]: each sequence in its own form; sequences of one form go together."""
         forms = [
             self._form(past, end - start) for past, (start, end) in zip(part.pasts, pairwise(part.starts), strict=True)
@@ -96,12 +96,12 @@ class LatentAttention(nn.Module):
             o_THV = o_THV.index_copy(0, tokens_t, form(some))
         return o_THV
 
-    def _form(self, past: int, num_new: int) -> Callable[["_Part"], Tensor]:
+    def _form(self, past: int, num_new: int) -> Callable[["Part"], Tensor]:
         if self.reads_chosen(past + num_new):
             return self.sparse
         return self.absorbed if self.absorbs(num_new, past + num_new) else self.naive
 
-    def naive(self, part: "_Part") -> Tensor:
+    def naive(self, part: "Part") -> Tensor:
         """Expands every latent row into the keys and values of all heads (V2, equations 9 to 15)."""
         flat = part.rows.flatten()
         latent_SL, k_SR = flat.rows.split((self.latent, self.rope), -1)
@@ -112,12 +112,12 @@ class LatentAttention(nn.Module):
         keys, values = FlatRows(k_SHK, flat.starts), FlatRows(v_SHV, flat.starts)
         return ops.attention(q_THK, part.starts, keys, values, scale=self.scale)
 
-    def absorbed(self, part: "_Part") -> Tensor:
+    def absorbed(self, part: "Part") -> Tensor:
         """Attends on the latent rows as one key head that is its own value (V2, section 2.1.2, last paragraph)."""
         q_THC = self._fold_query(part)
         return self._unfold(ops.attention(q_THC, part.starts, part.rows, self.latent, scale=self.scale))
 
-    def sparse(self, part: "_Part") -> Tensor:
+    def sparse(self, part: "Part") -> Tensor:
         """As `absorbed`, on the chosen rows alone (V3.2, section 2)."""
         o_THL = ops.sparse_attention(
             self._fold_query(part),
@@ -134,7 +134,7 @@ class LatentAttention(nn.Module):
         )
         return self._unfold(o_THL)
 
-    def _fold_query(self, part: "_Part") -> Tensor:
+    def _fold_query(self, part: "Part") -> Tensor:
         q_THL = torch.matmul(part.q_THN.transpose(0, 1), self._expansion[0]).transpose(0, 1)
         return torch.cat((q_THL, part.q_THR), -1)
 
@@ -152,7 +152,7 @@ class LatentAttention(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
     """Queries of some sequences, and the rows that they may read."""
 
     q_THN: Tensor
@@ -162,12 +162,12 @@ class _Part:
     rows: Rows
     chosen_TA: Tensor | None
 
-    def select(self, indices: list[int]) -> "tuple[Tensor, _Part]":
+    def select(self, indices: list[int]) -> "tuple[Tensor, Part]":
         """Some of the sequences, and which tokens are theirs."""
         spans = [range(self.starts[index], self.starts[index + 1]) for index in indices]
         tokens_t = torch.tensor([token for span in spans for token in span], device=self.q_THN.device)
         starts = tuple(accumulate((len(span) for span in spans), initial=0))
         pasts = tuple(self.pasts[index] for index in indices)
         chosen_tA = None if self.chosen_TA is None else self.chosen_TA[tokens_t]
-        part = _Part(self.q_THN[tokens_t], self.q_THR[tokens_t], starts, pasts, self.rows.select(indices), chosen_tA)
+        part = Part(self.q_THN[tokens_t], self.q_THR[tokens_t], starts, pasts, self.rows.select(indices), chosen_tA)
         return tokens_t, part
