@@ -26,7 +26,6 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         (["cost", "deepseek-v3", "--contxt", "1"], "No such option"),
         (["cost", "deepseek-v3", "--context", "many"], "Invalid value for '--context'"),
         (["cost", "deepseek-v3", "--context", "0"], "context is 0"),
-        (["cost", "deepseek-v4-pro"], "deepseek-v4-pro is not supported yet"),
         (["cost", "no-such-model"], "no-such-model"),
         (["cost", "{empty}"], "has no config.json"),
         (["cost", "{broken}"], "is not JSON"),
@@ -87,10 +86,10 @@ def test_log_level(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert status == 2
     assert "DAEDAL_LOG is 'loud'" in err
     monkeypatch.setenv("DAEDAL_LOG", "debug")
-    status, _, err = _run(capsys, "cost", "deepseek-v4-pro")
+    status, _, err = _run(capsys, "cost", "deepseek-v3", "--context", "0")
     assert status == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("daedal: deepseek-v4-pro is not supported yet")
+    assert err.splitlines()[-1].startswith("daedal: context is 0")
 
 
 def test_a_reader_that_leaves_early_sees_no_traceback() -> None:

@@ -16,7 +16,10 @@ from daedal.ops.registry import REGISTRY
 from daedal.ops.rows import Rows
 
 BLOCK = 128  # queries at once, at most
-TILE_NUMBERS = 2**22  # numbers of a temporary tensor, about: 16 MiB in float32
+TILE_NUMBERS = 2**22  # numbers of a temporary tensor of attention, about: 16 MiB in float32
+SCORE_NUMBERS = 2**22  # scores held at once
+PRODUCT_NUMBERS = 2**18  # per-head scores held at once: they should stay in a core's own cache
+SET = 16  # scores that are judged together first
 GATHER_HEADS = 16  # copying a row costs about as much as so many heads' arithmetic on it
 
 
@@ -43,7 +46,7 @@ def choose_entries(
                 chosen_TA[start:end] = torch.where(all_A < seen_t[:, None], all_A, -1)
                 continue
             keys_SK = keys.sequence(index)
-            block = max(min(end - start, TILE_NUMBERS // (4 * most)), 1)
+            block = max(min(BLOCK, SCORE_NUMBERS // most), 1)
             for first in range(0, end - start, block):
                 rows = slice(start + first, min(start + first + block, end))
                 seen = seen_t[first : first + block]
@@ -57,31 +60,59 @@ def _scores(q_tIK: Tensor, weights_tI: Tensor, keys_SK: Tensor) -> Tensor:
     """[t, S], in tiles of keys."""
     num_queries, heads = weights_tI.shape
     scores_tS = q_tIK.new_empty(num_queries, keys_SK.shape[0])
-    tile = max(TILE_NUMBERS // (num_queries * heads), 64)
-    flat_q = q_tIK.flatten(0, 1)
+    tile = max(PRODUCT_NUMBERS // (num_queries * heads), 64)
+    flat_q, weights_t1I = q_tIK.flatten(0, 1), weights_tI.unsqueeze(1)
     for first in range(0, keys_SK.shape[0], tile):
         products = (flat_q @ wide(keys_SK[first : first + tile]).T).relu_().view(num_queries, heads, -1)
-        scores_tS[:, first : first + tile] = torch.bmm(weights_tI.unsqueeze(1), products).squeeze(1)
+        scores_tS[:, first : first + tile] = torch.bmm(weights_t1I, products).squeeze(1)
     return scores_tS
 
 
 def _best(scores_tS: Tensor, seen_t: Tensor, count: int, width: int) -> Tensor:
     """[t, width]: the `count` best of each row's first `seen` entries, ascending, ties to the lowest, then -1."""
-    numbers_S = torch.arange(scores_tS.shape[1], device=scores_tS.device)
-    if scores_tS.shape[0] > 1:
-        scores_tS = scores_tS.masked_fill_(numbers_S >= seen_t[:, None], float("-inf"))
-    num_best = min(count, scores_tS.shape[1])
-    least_t1 = scores_tS.topk(num_best, sorted=False).values.amin(-1, keepdim=True)
-    above_tS = scores_tS > least_t1
-    # topk promises nothing about which of equals it takes: the lowest fill what is left.
-    equal_tS = scores_tS == least_t1
-    room_t1 = num_best - above_tS.sum(-1, keepdim=True)
-    taken_tS = above_tS | (equal_tS & (equal_tS.cumsum(-1) <= room_t1))
-    taken_tA = taken_tS.nonzero()[:, 1].view(-1, num_best)
+    num_scores = scores_tS.shape[1]
+    least_seen = int(seen_t[0])
+    if least_seen < num_scores:
+        hidden_tE = torch.arange(least_seen, num_scores, device=scores_tS.device) >= seen_t[:, None]
+        scores_tS[:, least_seen:].masked_fill_(hidden_tE, float("-inf"))
+    num_best = min(count, num_scores)
+    if num_scores > 2 * SET * num_best:
+        columns_tC, tied_t = _candidates(scores_tS, num_best)
+        taken_tA = columns_tC.gather(1, _top(scores_tS.gather(1, columns_tC), num_best))
+        if bool(tied_t.any()):
+            taken_tA[tied_t] = _top(scores_tS[tied_t], num_best)
+    else:
+        taken_tA = _top(scores_tS, num_best)
     chosen = torch.where(taken_tA < seen_t[:, None], taken_tA, -1)
-    if width > num_best:
-        chosen = torch.nn.functional.pad(chosen, (0, width - num_best), value=-1)
-    return chosen
+    return torch.nn.functional.pad(chosen, (0, width - num_best), value=-1)
+
+
+def _candidates(scores_tS: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """columns_tC, ascending: few columns that hold each row's `count` best; tied_t: rows where ties leave that open.
+
+    The best `count` lie in the `count` sets of columns whose maxima are highest: one pass over the scores finds these,
+    instead of the several that sorting takes. A set takes every R-th column, so that the pass goes along memory.
+    """
+    num_sets = scores_tS.shape[1] // SET
+    maxima_tR = scores_tS[:, : num_sets * SET].unflatten(1, (SET, num_sets)).amax(1)
+    values_tA, sets_tA = maxima_tR.topk(count, sorted=False)
+    least_t1 = values_tA.amin(1, keepdim=True)
+    tied_t = (maxima_tR >= least_t1).sum(1) > count
+    offsets_E1 = torch.arange(SET, device=scores_tS.device).unsqueeze(1) * num_sets
+    columns_tC = (offsets_E1 + sets_tA.sort(1).values.unsqueeze(1)).flatten(1)
+    rest = torch.arange(num_sets * SET, scores_tS.shape[1], device=scores_tS.device)
+    return torch.cat((columns_tC, rest.expand(scores_tS.shape[0], -1)), 1), tied_t
+
+
+def _top(scores_tC: Tensor, count: int) -> Tensor:
+    """[t, count], ascending: the columns of the highest scores, ties to the lowest."""
+    least_t1 = scores_tC.topk(count, sorted=False).values.amin(1, keepdim=True)
+    above_tC = scores_tC > least_t1
+    # topk promises nothing about which of equals it takes: the lowest fill what is left.
+    equal_tC = scores_tC == least_t1
+    room_t1 = count - above_tC.sum(1, keepdim=True)
+    taken_tC = above_tC | (equal_tC & (equal_tC.cumsum(1) <= room_t1))
+    return taken_tC.nonzero()[:, 1].view(-1, count)
 
 
 @REGISTRY.register("sparse_attention", BACKEND)
@@ -194,3 +225,40 @@ def _attend(q_tHK: Tensor, parts: list[Part], sinks_H: Tensor | None, value_dim:
         o_tHV = o_tHV + torch.matmul(weights_tHn, rows[..., :value_dim])
         start += seen_tn.shape[1]
     return o_tHV / total_tH1.clamp_min(torch.finfo(total_tH1.dtype).tiny)
+
+
+def _collapse_supports(
+    streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
+) -> str | None:
+    return "it divides in place, and gradients are on" if torch.is_grad_enabled() else None
+
+
+@REGISTRY.register("hyper_collapse", BACKEND, supports=_collapse_supports)
+def hyper_collapse(
+    streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_streams = streams_TMD.shape[:2]
+    streams = wide(streams_TMD)
+    flat = streams.flatten(1)
+    mixes = (flat @ fn.to(flat.dtype).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    scales = scale.repeat_interleave(torch.tensor([num_streams, num_streams, num_streams**2], device=scale.device))
+    logits = torch.addcmul(base, mixes, scales)
+    gates = logits[:, : 2 * num_streams].sigmoid()
+    pre_TM, post_TM = gates[:, :num_streams] + eps, 2 * gates[:, num_streams:]
+    # The matrix with eps as one more row and column: its sums along either axis are then those that divide it.
+    framed = flat.new_full((num_tokens, num_streams + 1, num_streams + 1), eps)
+    comb_TMM = framed[:, :-1, :-1]
+    comb_TMM.copy_(logits[:, 2 * num_streams :].unflatten(-1, (num_streams, num_streams)).softmax(-1)).add_(eps)
+    columns, rows = framed[:, :, :-1], framed[:, :-1]
+    comb_TMM.div_(columns.sum(1, keepdim=True))
+    for _ in range(iterations - 1):
+        comb_TMM.div_(rows.sum(2, keepdim=True))
+        comb_TMM.div_(columns.sum(1, keepdim=True))
+    x_TD = torch.bmm(pre_TM.unsqueeze(1), streams).squeeze(1)
+    return x_TD.to(streams_TMD.dtype), post_TM, comb_TMM.contiguous()
+
+
+@REGISTRY.register("hyper_expand", BACKEND)
+def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
+    outer_TMD = post_TM.unsqueeze(-1) * wide(y_TD).unsqueeze(1)
+    return torch.baddbmm(outer_TMD, comb_TMM.transpose(1, 2), wide(streams_TMD)).to(streams_TMD.dtype)

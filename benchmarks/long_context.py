@@ -1,0 +1,321 @@
+"""A V4-shaped model at long contexts, really run: memory of the cache and time of a decode step, to 1M tokens.
+
+    python benchmarks/long_context.py                      # 4K, 32K, 128K and 1M; tens of minutes, nearly all prefill
+    python benchmarks/long_context.py --contexts 4096 32768 --plot plot.png
+
+The model has every kind of layer (window, CSA, HCA; hash-routed and learned experts) with the published window, rates
+and top-k, and is small elsewhere; its weights are random. One sequence is read in chunks; at each context decode steps
+are timed, then reading goes on. Beside it the same weights in transformers, as far as its prefill stays within
+--peer-minutes. What the indexer and the HCA entries must add is predicted from their bytes and multiplications and the
+machine's own ceilings, measured first. Prints a table and one JSON line last; --plot draws both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from daedal import shapes
+from daedal.checkpoint.save import save
+from daedal.config import ModelConfig
+from daedal.infer.cache import REWIND, PagedCache
+from daedal.infer.memory import keep_freed_memory
+from daedal.model.batch import RaggedBatch
+from daedal.model.transformer import Transformer, empty, initialise
+
+PAGE = 128
+STEPS = 41  # decode steps timed at each context
+
+MODEL = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "q_lora_rank": 128,
+    "o_groups": 2,
+    "o_lora_rank": 64,
+    "sliding_window": 128,
+    "compress_ratios": [0, 4, 128],
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "index_topk": 512,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "num_hash_layers": 1,
+    "hc_mult": 4,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "max_position_embeddings": 1048576 + 4096,
+    "num_nextn_predict_layers": 0,
+    "torch_dtype": "float32",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One context; decode times are medians. predicted_extra_ms: what indexer and HCA add over the first context."""
+
+    context: int
+    prefill_seconds: float
+    decode_ms: float
+    predicted_extra_ms: float
+    cache_bytes: int
+    predicted_cache_bytes: int
+    peer_prefill_seconds: float | None = None
+    peer_decode_ms: float | None = None
+
+
+def predicted_cache_bytes(config: ModelConfig, tokens: int) -> int:
+    """From `shapes` alone: whole pages of the rows that stay, and one sequence's rings, all rows in float32."""
+    pages = -(-tokens // PAGE)
+    total = 0
+    for slot in shapes.cache(config):
+        rows = slot.ring + REWIND if slot.ring else pages * PAGE // slot.rate
+        total += rows * slot.numel * 4
+    return total
+
+
+def entry_work(config: ModelConfig, context: int) -> tuple[int, int]:
+    """(bytes read, multiply-adds) of one decode step that grow with the context: index keys and HCA entries."""
+    nbytes = work = 0
+    heads, index_heads = config.num_attention_heads, config.index_n_heads or 0
+    for slot in shapes.cache(config):
+        if slot.name == "index_key":
+            rows = context // slot.rate
+            nbytes += rows * slot.numel * 4
+            # Scores per head, then their weighted sum and the choice of the best, which pass over every score.
+            work += rows * index_heads * slot.numel
+        elif slot.name == "entry" and slot.rate > 4:
+            rows = context // slot.rate
+            nbytes += rows * slot.numel * 4
+            work += 2 * rows * heads * slot.numel
+    return nbytes, work
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes per second read from memory, multiply-adds per second), in float32, on this machine as torch gets them."""
+    big = torch.ones(2**26)
+    square = torch.randn(1024, 1024)
+    reads = min(_time(lambda: big.sum()) for _ in range(7))
+    products = min(_time(lambda: square @ square) for _ in range(7))
+    return big.nbytes / reads, 1024**3 / products
+
+
+def _time(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Reader:
+    """One sequence, read in chunks and continued token by token."""
+
+    def __init__(self, model: Transformer, tokens: int, chunk: int):
+        self.model, self.chunk, self.length = model, chunk, 0
+        self.generator = torch.Generator().manual_seed(1)
+        self.pages = -(-tokens // PAGE)
+        self.cache = PagedCache(model.config, num_pages=self.pages, page_size=PAGE, dtype=model.dtype)
+
+    def feed(self, count: int) -> None:
+        ids = torch.randint(self.model.config.vocab_size, (count,), generator=self.generator).tolist()
+        used = -(-(self.length + count) // PAGE)
+        view = self.cache.view([tuple(range(used))], [self.length], [count])
+        self.model(RaggedBatch.of([ids], [self.length]), view, rows=torch.tensor([count - 1]))
+        self.length += count
+
+    def bytes_used(self) -> int:
+        """Bytes of the cache that belong to the sequence: its pages so far, and its rings."""
+        used = -(-self.length // PAGE)
+        total = 0
+        for layer, pools in self.cache.pools.items():
+            for name, pool in pools.items():
+                ring = any(
+                    slot.ring for slot in shapes.cache(self.model.config) if (slot.layer, slot.name) == (layer, name)
+                )
+                total += pool.nbytes if ring else pool.nbytes // self.pages * used
+        return total
+
+
+class Peer:
+    """The same weights in transformers, in this process."""
+
+    def __init__(self, directory: Path):
+        from transformers import DeepseekV4ForCausalLM
+
+        self.model = DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.generator = torch.Generator().manual_seed(1)
+        self.past: Any = None
+        self.length = 0
+
+    def feed(self, count: int) -> None:
+        ids = torch.randint(self.model.config.vocab_size, (1, count), generator=self.generator)
+        result = self.model(ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past, self.length = result.past_key_values, self.length + count
+
+
+def read_to(side: Reader | Peer, context: int, chunk: int, limit: float, advance: Any) -> float | None:
+    """Seconds until `context` tokens are read; None, and it stops, beyond `limit` seconds."""
+    start = time.perf_counter()
+    while side.length < context:
+        side.feed(min(chunk, context - side.length))
+        advance(side.length)
+        if time.perf_counter() - start > limit:
+            return None
+    return time.perf_counter() - start
+
+
+def decode_ms(side: Reader | Peer) -> float:
+    return 1e3 * statistics.median(_time(lambda: side.feed(1)) for _ in range(STEPS))
+
+
+def measure(options: argparse.Namespace) -> list[Point]:
+    config = ModelConfig.from_published(MODEL)
+    model = initialise(empty(config), seed=0)
+    bandwidth, rate = ceilings()
+    contexts = sorted(options.contexts)
+    reader = Reader(model, contexts[-1] + STEPS * len(contexts) + PAGE, options.chunk)
+    points = []
+    with tempfile.TemporaryDirectory() as directory, Progress(console=Console(stderr=True)) as progress:
+        save(model, Path(directory))
+        peer: Peer | None = Peer(Path(directory)) if options.peer_minutes > 0 else None
+        first_bytes, first_work = entry_work(config, contexts[0])
+        for context in contexts:
+            bar = progress.add_task(f"{context} tokens", total=context, completed=reader.length)
+            seconds = read_to(
+                reader, context, options.chunk, float("inf"), lambda done, bar=bar: progress.update(bar, completed=done)
+            )
+            assert seconds is not None
+            ms = decode_ms(reader)
+            peer_seconds = peer_ms = None
+            if peer is not None:
+                peer_seconds = read_to(peer, context, options.peer_chunk, 60 * options.peer_minutes, lambda done: None)
+                peer = None if peer_seconds is None else peer
+                peer_ms = None if peer is None else decode_ms(peer)
+            nbytes, work = entry_work(config, context)
+            extra = max((nbytes - first_bytes) / bandwidth, (work - first_work) / rate)
+            points.append(
+                Point(
+                    context=context,
+                    prefill_seconds=seconds,
+                    decode_ms=ms,
+                    predicted_extra_ms=1e3 * extra,
+                    cache_bytes=reader.bytes_used(),
+                    predicted_cache_bytes=predicted_cache_bytes(config, reader.length),
+                    peer_prefill_seconds=peer_seconds,
+                    peer_decode_ms=peer_ms,
+                )
+            )
+    return points
+
+
+def show(points: list[Point]) -> None:
+    table = Table(title="A V4-shaped model at long contexts, one sequence, float32")
+    for name in (
+        "context",
+        "prefill since last, s",
+        "decode, ms",
+        "limit, ms",
+        "cache, MiB",
+        "predicted",
+        "transformers prefill, s",
+        "decode, ms",
+    ):
+        table.add_column(name, justify="right")
+    for point in points:
+        limit = 1.5 * points[0].decode_ms + point.predicted_extra_ms
+        peer = [
+            f"{value:.1f}" if value is not None else "-" for value in (point.peer_prefill_seconds, point.peer_decode_ms)
+        ]
+        table.add_row(
+            f"{point.context}",
+            f"{point.prefill_seconds:.1f}",
+            f"{point.decode_ms:.2f}",
+            f"{limit:.2f}",
+            f"{point.cache_bytes / 2**20:.2f}",
+            f"{point.predicted_cache_bytes / 2**20:.2f}",
+            *peer,
+        )
+    Console(width=140).print(table)
+
+
+def plot(points: list[Point], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4))
+    contexts = [point.context for point in points]
+    time_axis.plot(contexts, [point.decode_ms for point in points], "o-", label="Daedal")
+    peers = [point for point in points if point.peer_decode_ms is not None]
+    if peers:
+        time_axis.plot(
+            [point.context for point in peers], [point.peer_decode_ms for point in peers], "s--", label="transformers"
+        )
+    time_axis.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms", title="One decode step")
+    time_axis.legend()
+    memory_axis.plot(contexts, [point.predicted_cache_bytes / 2**20 for point in points], "-", label="predicted")
+    memory_axis.plot(contexts, [point.cache_bytes / 2**20 for point in points], "o", label="allocated")
+    memory_axis.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="MiB", title="Cache of the sequence")
+    memory_axis.legend()
+    for axis in (time_axis, memory_axis):
+        axis.grid(visible=True, alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072, 1048576])
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--peer-chunk", type=int, default=512)
+    parser.add_argument("--peer-minutes", type=float, default=5.0, help="stop transformers beyond; 0 leaves it out")
+    parser.add_argument("--plot", type=Path, default=None)
+    options = parser.parse_args()
+    keep_freed_memory()
+    with torch.inference_mode():
+        points = measure(options)
+    show(points)
+    if options.plot is not None:
+        plot(points, options.plot)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    print(
+        json.dumps(
+            {
+                "command": shlex.join(["python", "benchmarks/long_context.py", *sys.argv[1:]]),
+                "commit": commit.stdout.strip(),
+                "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                "torch": torch.__version__,
+                "points": [asdict(point) for point in points],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
