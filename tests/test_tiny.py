@@ -21,7 +21,9 @@ GREEDY = daedal.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trains_a_step(family: str) -> None:
-    model = tiny_model(family)
+    # Groups short enough that 23 tokens fill some of every kind.
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    model = tiny_model(family, **({"compress_rates": rates} if family == "deepseek_v4" else {}))
     model.train()
     ids_BT = torch.randint(0, 320, (2, 24))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -31,7 +33,9 @@ def test_trains_a_step(family: str) -> None:
         loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        assert all(tensor.grad is not None for tensor in model.parameters())
+        # No gradient passes through a choice: indexers learn by a loss of their own.
+        untouched = [name for name, tensor in model.named_parameters() if tensor.grad is None]
+        assert all(".indexer." in name for name in untouched)
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
@@ -52,7 +56,7 @@ def test_generates_saves_and_loads(tmp_path: Path, family: str) -> None:
     assert daedal.Engine(again).generate([PROMPT], GREEDY)[0].ids == output.ids
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
 def test_serves_a_request(tmp_path: Path, family: str) -> None:
     directory = tiny_checkpoint(tmp_path, family)
     model, tokenizer = daedal.load(directory), Tokenizer.load(directory)
@@ -88,7 +92,7 @@ def test_serves_a_request(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_is_counted(family: str) -> None:
     model = tiny_model(family)
-    held = sum(tensor.numel() for tensor in model.state_dict().values())
+    held = sum(tensor.numel() for name, tensor in model.state_dict().items() if not name.endswith("tid2eid"))
     counted = report(model.config, model="tiny", context=100)
     assert counted.total_params == held
     assert counted.active_params <= held
