@@ -49,10 +49,9 @@ def choose_entries(
             block = max(min(BLOCK, SCORE_NUMBERS // most), 1)
             for first in range(0, end - start, block):
                 rows = slice(start + first, min(start + first + block, end))
-                seen = seen_t[first : first + block]
-                num_keys = (pasts[index] + rows.stop - start) // rate
+                num_seen, num_keys = ((pasts[index] + last) // rate for last in (first + 1, rows.stop - start))
                 scores_tS = _scores(wide(q_TIK[rows]), wide(weights_TI[rows]), keys_SK[:num_keys])
-                chosen_TA[rows] = _best(scores_tS, seen, count, chosen_TA.shape[1])
+                chosen_TA[rows] = _best(scores_tS, seen_t[first : first + block], num_seen, count, chosen_TA.shape[1])
     return chosen_TA
 
 
@@ -68,10 +67,11 @@ def _scores(q_tIK: Tensor, weights_tI: Tensor, keys_SK: Tensor) -> Tensor:
     return scores_tS
 
 
-def _best(scores_tS: Tensor, seen_t: Tensor, count: int, width: int) -> Tensor:
-    """[t, width]: the `count` best of each row's first `seen` entries, ascending, ties to the lowest, then -1."""
+def _best(scores_tS: Tensor, seen_t: Tensor, least_seen: int, count: int, width: int) -> Tensor:
+    """[t, width]: the `count` best of each row's first `seen` entries, at least `least_seen`, ascending, ties to the
+    lowest, then -1.
+    """
     num_scores = scores_tS.shape[1]
-    least_seen = int(seen_t[0])
     if least_seen < num_scores:
         hidden_tE = torch.arange(least_seen, num_scores, device=scores_tS.device) >= seen_t[:, None]
         scores_tS[:, least_seen:].masked_fill_(hidden_tE, float("-inf"))
