@@ -110,7 +110,7 @@ class Detokenizer(Protocol):
     """One text, fed token by token. The pieces and the rest, put together, are the whole text."""
 
     def push(self, token_id: int) -> str:
-        """What is certain now: whole characters only; "" for special and unknown ids."""
+        """What is certain now: whole characters only; "" for ids that have no text."""
 
     def finish(self) -> str:
         """What is left; an unfinished character becomes U+FFFD."""

@@ -107,19 +107,24 @@ class Tokenizer:
         # A text that spells the BOS out itself, as rendered chats do, must not get a second one.
         return ids[1:] if self._adds_bos and ids[:2] == [self.bos_id, self.bos_id] else ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`: special ids and ids beyond the vocabulary are skipped, invalid bytes become U+FFFD."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`: ids beyond the vocabulary are skipped, invalid bytes become U+FFFD.
+
+        Special ids are skipped too, or stand there by name.
+        """
         if self._byte_decoder is None:
-            return self._library_text([id for id in ids if self._text_token(id) is not None])
-        detokenizer = self.detokenizer()
+            shown = self._text_token if skip_special_tokens else self._token
+            return self._library_text([id for id in ids if shown(id) is not None])
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         pieces = [detokenizer.push(id) for id in ids]
         return "".join(pieces) + detokenizer.finish()
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """For one new text, fed token by token; its pieces add up to `decode` of all ids."""
+        shown = self._text_token if skip_special_tokens else self._token
         if self._byte_decoder is None:
-            return WindowDetokenizer(self._library_text, self._text_token)
-        return ByteDetokenizer(self._byte_decoder, self._text_token)
+            return WindowDetokenizer(self._library_text, shown)
+        return ByteDetokenizer(self._byte_decoder, shown)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that this token adds in the middle of a text; b"" for special and unknown ids.
