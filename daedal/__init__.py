@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
     from daedal.infer.engine import Engine
     from daedal.infer.request import Output, Request, SamplingParams
+    from daedal.infer.speculative import Speculation
     from daedal.model.transformer import Transformer
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "Output", "Request", "SamplingParams", "__version__", "load", "save"]
+__all__ = ["Engine", "Output", "Request", "SamplingParams", "Speculation", "__version__", "load", "save"]
 
 _HOMES = {
     "Engine": "daedal.infer.engine",
     "Output": "daedal.infer.request",
     "Request": "daedal.infer.request",
     "SamplingParams": "daedal.infer.request",
+    "Speculation": "daedal.infer.speculative",
 }
 
 
@@ -38,24 +40,29 @@ def load(
     device: "torch.device | str" = "auto",
     dtype: "torch.dtype | None" = None,
     weights: str | None = None,
+    *,
+    mtp: bool = False,
 ) -> "Transformer":
     """A model with its weights, from a checkpoint's directory or a known name, which is fetched on first use.
 
     device: "auto" takes an accelerator where there is one. dtype: None keeps the checkpoint's own; torch.float32 means
     full-precision arithmetic, quantised weights dequantised exactly. weights: as `daedal.checkpoint.load.load` has it.
-    SourceError, CheckpointError or ConfigError says what is wrong with what was named. Needs no tokenizer.
+    mtp: with the model's own drafting modules, for speculative decoding. SourceError, CheckpointError or ConfigError says what is wrong with what was named. Needs no tokenizer.
     """
     from daedal.checkpoint.load import load as load_directory
     from daedal.checkpoint.sources import resolve
 
-    return load_directory(resolve(path), device=device, dtype=dtype, weights=weights)
+    return load_directory(resolve(path), device=device, dtype=dtype, weights=weights, mtp=mtp)
 
 
-def save(model: "Transformer", directory: "Path | str") -> None:
-    """Writes `model` in the dtype it holds, under its family's published names, so that other libraries load it."""
+def save(model: "Transformer", directory: "Path | str", *, layout: str | None = None) -> None:
+    """Writes `model` in the dtype it holds, under its family's published names, so that other libraries load it.
+
+    layout: "deepseek" or "transformers" where the two differ (V4); None for the published one.
+    """
     from daedal.checkpoint.save import save as save_model
 
-    save_model(model, directory)
+    save_model(model, directory, layout=layout)
 
 
 def __getattr__(name: str) -> object:

@@ -96,7 +96,8 @@ def fold(published: Mapping[str, Any]) -> dict[str, Any]:
     folded["dtype"] = str(published.get("dtype") or published.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if family in COMPRESSED_FAMILIES:
         return published_v4.fold(folded)
-    for name in _COMPRESSED_ONLY:
+    foreign = _COMPRESSED_ONLY if family in LATENT_FAMILIES else (*_COMPRESSED_ONLY, "num_nextn_predict_layers")
+    for name in foreign:
         folded.pop(name, None)
     folded["rope_parameters"] = rope_from_published(folded)
     heads = folded.get("num_attention_heads")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = "daedal"
 FLOORS = (
-    ("config", "checks", "published", "published_v4", "rope", "shapes", "errors"),
+    ("config", "checks", "published", "published_v4", "rope", "shapes", "layouts", "errors"),
     ("ops", "text", "cost", "mesh"),
     ("model",),
     ("checkpoint",),
@@ -31,6 +31,7 @@ FACTS, ROOF = 0, len(FLOORS) - 1
 WITHOUT_TORCH = (
     "config",
     "shapes",
+    "layouts",
     "errors",
     "cost",
     "infer.scheduler",

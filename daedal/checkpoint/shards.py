@@ -20,8 +20,20 @@ from daedal.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_PLAIN_FLOATS = MappingProxyType(
-    {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = MappingProxyType(
+    {
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "I32": torch.int32,
+        "I64": torch.int64,
+    }
 )
 
 
@@ -52,15 +64,20 @@ class Shards:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open[self.files[name]].get_slice(name).get_shape())
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """The element type as stored; None for those that are no plain float."""
-        return _PLAIN_FLOATS.get(self._open[self.files[name]].get_slice(name).get_dtype())
+    def dtype(self, name: str) -> torch.dtype:
+        """The element type as stored. CheckpointError for one that no layout has."""
+        stored = self._open[self.files[name]].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            message = f"tensor {name} is {stored}: Daedal reads {', '.join(_DTYPES)}"
+            raise CheckpointError(f"{self.directory}: {message}; convert the file")
+        return _DTYPES[stored]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU, mapped and not copied."""
+    def read(self, name: str, place: tuple[int | slice, ...] = ()) -> Tensor:
+        """The tensor as stored, on the CPU, mapped and not copied; with `place` a copy of that part of it."""
         file = self.files[name]
         try:
-            tensor: Tensor = self._open[file].get_tensor(name)
+            handle = self._open[file]
+            tensor: Tensor = handle.get_slice(name)[place] if place else handle.get_tensor(name)
         except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError) as error:
             message = f"tensor {name} in {self.directory / file} cannot be read ({error}): fetch the file again"
             raise CheckpointError(message) from error

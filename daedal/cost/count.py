@@ -1,42 +1,81 @@
-"""What a model costs before anything is measured: parameters, cache bytes and FLOPs, counted from its configuration.
+"""What a model costs before anything is measured: parameters, bytes and FLOPs, counted from its configuration.
 
 Everything comes from the lists of `shapes`, by role, so a count cannot drift from the model that serves. Knows no
-device, no time and no price; no tensor is made, so a laptop counts what it could never hold. The FLOPs of attention
-follow DeepSeek-V2, section 2.1, with the key and value projections absorbed, as decoding computes them.
+device, no time and no price; no tensor is made, so a laptop counts what it could never hold. The formulas, and what
+each number means, are in docs/cost.md.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
-from daedal import shapes
+from daedal import layouts, shapes
 from daedal.config import ModelConfig
+from daedal.cost import cached, flops, weights
+from daedal.cost.weights import active_params
 from daedal.errors import ConfigError
 from daedal.shapes import Slot
 
-GROUPED_HEADS = 8  # the grouped-query model that a cache is compared with
+__all__ = ["CostReport", "active_params", "report"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostReport:
     """The counts of one model at one context length.
 
-    context: tokens of one sequence. total_params: the backbone, without MTP modules. active_params: what one token
-    passes through: its chosen routed experts and everything else but the input embedding; the output head counts.
-    decode_flops_per_token: a multiply-add counts 2, precisions are not weighted. kv_bytes_*: as shipped; mha_* and
-    gqa8_*: the same layers in the same number format with a key and a value per head, and with 8 of each.
+    context: tokens of one sequence. total_params: the backbone, without MTP modules and hash tables. active_params:
+    what one token passes through: its chosen routed experts and everything else but the input embedding; the output
+    head counts. drafting_params: of the MTP modules, what they share with the backbone left out. weight_bytes: the
+    backbone as shipped, with scales and hash tables. checkpoint_tensors: names in the published files. Of drafting
+    modules that Daedal does not know (DSpark) all counts are None.
+
+    kv_bytes_per_token: what grows with the context. kv_bytes_at_context: also the window. state_bytes: beside them, of
+    every sequence, for entries that are not complete. mha_* and gqa8_*: the same layers with a key and a value per
+    head, and with 8 of each, in the model's dtype, which is bf16 also where the cache is shipped in FP8; heads have the
+    model's own width, in V4 128.
+
+    decode_flops_*: a multiply-add counts 2, precisions are not weighted, except in decode_flops_weighted, where FP8
+    counts 1/2 and FP4 1/4.
     """
 
     model: str
     context: int
     total_params: int
     active_params: int
-    kv_bytes_per_token: int
+    drafting_params: int | None
+    params_by_role: Mapping[str, int]
+    checkpoint_tensors: int
+    checkpoint_tensors_with_drafting: int | None
+    weight_bytes: int
+    weight_bytes_bf16: int
+    weight_bytes_by_role: Mapping[str, int]
+    drafting_weight_bytes: int | None
+    kv_bytes_per_token: float
+    kv_bytes_per_token_bf16: float
     kv_bytes_at_context: int
+    kv_bytes_at_context_bf16: int
+    state_bytes: int
     decode_flops_per_token: int
+    decode_flops_linear: int
+    decode_flops_attention: int
+    decode_flops_attention_by_kind: Mapping[str, int]
+    decode_flops_indexer: int
+    decode_flops_weighted: int
     mha_kv_bytes_per_token: int
     mha_kv_bytes_at_context: int
     gqa8_kv_bytes_per_token: int
     gqa8_kv_bytes_at_context: int
+
+    def flat(self) -> dict[str, str | float | None]:
+        """The same keys for every model: `weight_bytes_by_role` becomes `weight_bytes_attention` and so on."""
+        result: dict[str, str | float | None] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Mapping):
+                stem = item.name.rpartition("_by_")[0]
+                result |= {f"{stem}_{part}": amount for part, amount in value.items()}
+            else:
+                result[item.name] = value
+        return result
 
 
 def report(config: ModelConfig, *, model: str, context: int) -> CostReport:
@@ -44,18 +83,36 @@ def report(config: ModelConfig, *, model: str, context: int) -> CostReport:
     if context < 1:
         raise ConfigError(f"context is {context}: a sequence has at least 1 token, give a larger --context")
     parameters, cache = shapes.parameters(config), shapes.cache(config)
+    by_role, bytes_by_role = weights.params_by_role(parameters), weights.bytes_by_role(config, parameters)
+    drafting_params, tensors_with_drafting, drafting_bytes = _drafting(config, parameters)
     active = active_params(config, parameters)
-    kv_bytes = sum(slot.nbytes for slot in cache)
-    per_head = 2 * value_head_dim(config) * sum(_bytes_per_number(cache).values())
-    mha, gqa8 = (heads * per_head for heads in (config.num_attention_heads, compared_heads(config)))
+    decoded = flops.decode(config, cache, active=active, context=context)
+    mha = cached.ordinary_per_token(config, config.num_attention_heads)
+    gqa8 = cached.ordinary_per_token(config, cached.compared_heads(config))
     return CostReport(
         model=model,
         context=context,
-        total_params=sum(slot.numel for slot in parameters),
+        total_params=sum(by_role.values()),
         active_params=active,
-        kv_bytes_per_token=kv_bytes,
-        kv_bytes_at_context=kv_bytes * context,
-        decode_flops_per_token=2 * active + attention_flops(config, cache) * context,
+        drafting_params=drafting_params,
+        params_by_role=by_role,
+        checkpoint_tensors=weights.checkpoint_tensors(config, parameters, drafting=False),
+        checkpoint_tensors_with_drafting=tensors_with_drafting,
+        weight_bytes=sum(bytes_by_role.values()),
+        weight_bytes_bf16=weights.bf16_bytes(parameters),
+        weight_bytes_by_role=bytes_by_role,
+        drafting_weight_bytes=drafting_bytes,
+        kv_bytes_per_token=cached.per_token(cache, cached.as_shipped),
+        kv_bytes_per_token_bf16=cached.per_token(cache, cached.in_bf16),
+        kv_bytes_at_context=cached.at_context(cache, context, cached.as_shipped),
+        kv_bytes_at_context_bf16=cached.at_context(cache, context, cached.in_bf16),
+        state_bytes=cached.state(cache),
+        decode_flops_per_token=decoded.total,
+        decode_flops_linear=decoded.linear,
+        decode_flops_attention=sum(decoded.attention.values()),
+        decode_flops_attention_by_kind=decoded.attention,
+        decode_flops_indexer=decoded.indexer,
+        decode_flops_weighted=decoded.weighted,
         mha_kv_bytes_per_token=mha,
         mha_kv_bytes_at_context=mha * context,
         gqa8_kv_bytes_per_token=gqa8,
@@ -63,43 +120,10 @@ def report(config: ModelConfig, *, model: str, context: int) -> CostReport:
     )
 
 
-def active_params(config: ModelConfig, parameters: Iterable[Slot]) -> int:
-    """Parameters that one token is multiplied with. A tied embedding counts once: as the head."""
-    active = 0
-    for slot in parameters:
-        if slot.role == "routed_expert":
-            active += slot.numel // slot.shape[0] * config.num_experts_per_tok
-        elif slot.role != "embedding" or config.tie_word_embeddings:
-            active += slot.numel
-    return active
-
-
-def attention_flops(config: ModelConfig, cache: Iterable[Slot]) -> int:
-    """FLOPs that all layers spend on each cached token while one token is decoded: its score, then its value.
-
-    A latent row is scored whole by every head, and its latent part is the value; a key or value row costs every query
-    head one head's width.
-    """
-    flops = 0
-    for slot in cache:
-        if slot.name == "latent":
-            assert config.kv_lora_rank is not None
-            flops += 2 * config.num_attention_heads * (slot.numel + config.kv_lora_rank)
-        else:
-            flops += 2 * config.num_attention_heads * slot.shape[-1]
-    return flops
-
-
-def value_head_dim(config: ModelConfig) -> int:
-    """The width of a head in the model with ordinary attention that a cache is compared with."""
-    return config.head_dim if config.v_head_dim is None else config.v_head_dim
-
-
-def compared_heads(config: ModelConfig) -> int:
-    """Key heads of the grouped-query model: 8, or all of them where the model has fewer."""
-    return min(GROUPED_HEADS, config.num_attention_heads)
-
-
-def _bytes_per_number(cache: Iterable[Slot]) -> dict[int | None, int]:
-    """Per layer, the bytes of one number in its cache."""
-    return {slot.layer: slot.nbytes // slot.numel for slot in cache}
+def _drafting(config: ModelConfig, backbone: list[Slot]) -> tuple[int, int, int] | tuple[None, None, None]:
+    """(parameters, tensors of the checkpoint with them, bytes) of the drafting modules; None of a kind not known."""
+    if layouts.dspark_sign((), config):
+        return None, None, None
+    slots = shapes.drafting(config)
+    tensors = weights.checkpoint_tensors(config, [*backbone, *slots], drafting=True)
+    return sum(slot.numel for slot in slots), tensors, sum(held.nbytes for held in weights.published(config, slots))

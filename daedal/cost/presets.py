@@ -8,10 +8,6 @@ import tomllib
 from importlib import resources
 
 from daedal.config import ModelConfig
-from daedal.errors import ConfigError
-
-# Asked for often, and better answered with a sentence than with a search for a checkpoint of that name.
-NOT_YET = ("deepseek-v3.2", "deepseek-v4-flash", "deepseek-v4-pro")
 
 
 def names() -> tuple[str, ...]:
@@ -20,11 +16,7 @@ def names() -> tuple[str, ...]:
 
 
 def read(name: str) -> ModelConfig | None:
-    """The configuration called `name`, None if there is none. ConfigError for a model that is still to come."""
-    if name in NOT_YET:
-        raise ConfigError(
-            f"{name} is not supported yet, its attention is still to come: give one of {', '.join(names())}"
-        )
+    """The configuration called `name`, None if there is none."""
     published = _table().get(name)
     # TOML cannot say null, which is how a published file says that queries are not compressed.
     return None if published is None else ModelConfig.from_published({"q_lora_rank": None, **published})

@@ -13,13 +13,16 @@ from daedal.checkpoint.load import load
 from daedal.checkpoint.save import save
 from daedal.errors import BackendError, CheckpointError, ConfigError
 from daedal.ops.formats import dequantise_blocks, quantise_blocks
+from daedal.shapes import parameters
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model, tiny_published
 
 IDS_BT = torch.tensor([[3, 250, 17, 8, 99, 120], [4, 4, 31, 2, 260, 5]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [(family, tied) for family in FAMILIES for tied in (False, True) if not (tied and family == "deepseek_v4")],
+)
 def test_transformers_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Path, family: str, tied: bool) -> None:
     model = tiny_model(family, tie_word_embeddings=tied)
     save(model, tmp_path / "ours")
@@ -35,18 +38,24 @@ def test_transformers_reads_what_we_write_and_we_read_what_it_writes(tmp_path: P
         assert torch.equal(load(tmp_path / "theirs").logits(IDS_BT), wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize(("family", "layout"), [("llama", None), ("deepseek_v3", "deepseek"), ("deepseek_v4", None)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_save_then_load_is_the_identity(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
-    model = tiny_model(family, dtype=dtype)
-    save(model, tmp_path, shard_bytes=20_000)
+def test_save_then_load_is_the_identity(tmp_path: Path, family: str, layout: str | None, dtype: torch.dtype) -> None:
+    save(tiny_model(family, dtype=dtype), tmp_path / "drawn", layout=layout)
+    model = load(tmp_path / "drawn")  # what is kept in float32 but published in the model's dtype is rounded by now
+    tmp_path = tmp_path / "saved"
+    save(model, tmp_path, layout=layout, shard_bytes=20_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     again = load(tmp_path)
     assert again.dtype == dtype
     assert again.config == model.config.replace(dtype=str(dtype).removeprefix("torch."))
+    others = {
+        slot.name: torch.float32 if slot.wide else torch.int64
+        for slot in parameters(model.config)
+        if slot.wide or slot.role == "hash_table"
+    }
     for (name, mine), (_, theirs) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-        assert theirs.dtype == kept, name
+        assert theirs.dtype == others.get(name, dtype), name
         assert torch.equal(mine, theirs), name
     save(again, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -98,16 +107,6 @@ def test_fp8_weights_are_expanded_exactly(tmp_path: Path, power_of_two: bool) ->
     assert torch.equal(model.get_parameter(query), exact[f"model.{query}"])
     rounded = load(tmp_path, dtype=torch.bfloat16).get_parameter(query)
     assert torch.equal(rounded, exact[f"model.{query}"].bfloat16())
-
-
-def test_fp8_quantisation_is_within_half_a_step_of_each_block() -> None:
-    weight = torch.randn(40, 70) * torch.logspace(-3, 3, 70)
-    codes, scale = quantise_blocks(weight, (16, 32))
-    error = (dequantise_blocks(codes, scale, (16, 32)) - weight).abs()
-    step = torch.maximum(
-        weight.abs() * 2**-4, scale.repeat_interleave(16, 0)[:40].repeat_interleave(32, 1)[:, :70] * 2**-10
-    )
-    assert (error <= step * 1.001).all()
 
 
 def test_drafting_modules_do_not_disturb_the_backbone(tmp_path: Path) -> None:

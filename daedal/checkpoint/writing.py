@@ -1,0 +1,130 @@
+"""Writes a checkpoint directory: sharded safetensors, index, config.json, and small files that belong to it.
+
+What a reader trusts is moved into place last: all files are written beside their targets and flushed to disk, then
+renamed, weights before the index, the index before config.json. A crash before the renames leaves what was there. No
+more than one shard is in memory. Knows nothing of models.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from daedal.checkpoint.shards import INDEX, SINGLE
+from daedal.checkpoint.staging import sync
+from daedal.config import ModelConfig
+from daedal.errors import CheckpointError
+
+SHARD_BYTES = 4 * 2**30
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Tensors that go into one shard together. nbytes: of all of them; make: their names and contents, when due."""
+
+    nbytes: int
+    make: Callable[[], Mapping[str, Tensor]]
+
+
+def published_config(config: ModelConfig) -> dict[str, object]:
+    """The contents of config.json; a number format of experts is named only where there is one."""
+    published = config.to_published()
+    if config.expert_dtype is None:
+        published.pop("expert_dtype", None)
+    return published
+
+
+def write_checkpoint(
+    directory: Path,
+    published: Mapping[str, object],
+    plan: Sequence[Planned],
+    *,
+    shard_bytes: int,
+    others: Mapping[str, Path] = MappingProxyType({}),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Makes `directory` a checkpoint of what is planned, in order, with `published` as its config.json.
+
+    shard_bytes: a file's size at most, unless one entry alone is larger. others: files to copy, by their
+    names there. progress: called with (entries done, entries in all). Files of other kinds that lie there are left alone; weights of before vanish.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        written = _write(directory, published, plan, shard_bytes, others, progress)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be written ({error}): free space or choose another place") from error
+    finally:
+        for leftover in directory.rglob(f"*{_PARTIAL}"):
+            leftover.unlink()
+    for old in directory.glob("model*.safetensors*"):
+        if old.name not in written:
+            old.unlink()
+
+
+def _write(
+    directory: Path,
+    published: Mapping[str, object],
+    plan: Sequence[Planned],
+    shard_bytes: int,
+    others: Mapping[str, Path],
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    """Writes and renames; returns the names of all files, in the order of the renames."""
+    shards = _in_shards(plan, shard_bytes)
+    files, done = [], 0
+    weight_map: dict[str, str] = {}
+    for name, other in others.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(other, directory / (name + _PARTIAL))
+        files.append(name)
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for entry in shard:
+            tensors |= entry.make()
+            done += 1
+            progress(done, len(plan))
+        save_file(tensors, directory / (file + _PARTIAL), metadata={"format": "pt"})
+        files.append(file)
+        weight_map.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in plan)
+        _write_json(directory / (INDEX + _PARTIAL), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.append(INDEX)
+    files.append("config.json")
+    _write_json(directory / ("config.json" + _PARTIAL), published)
+    readable = (directory / ("config.json" + _PARTIAL)).stat().st_mode
+    for file in files:
+        # The library writes for its owner alone.
+        (directory / (file + _PARTIAL)).chmod(readable)
+        sync(directory / (file + _PARTIAL))
+    if len(shards) == 1:
+        (directory / INDEX).unlink(missing_ok=True)
+    for file in files:
+        os.replace(directory / (file + _PARTIAL), directory / file)
+    sync(directory)
+    return files
+
+
+def _in_shards(plan: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for entry in plan:
+        if shards[-1] and size + entry.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

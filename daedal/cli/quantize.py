@@ -1,0 +1,64 @@
+"""`daedal quantize`: a checkpoint in another number format, its names stock. How, `checkpoint.quantize` knows."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from daedal.cli.fetching import FetchDisplay, resolve_shown
+from daedal.cli.units import in_bytes
+
+if TYPE_CHECKING:
+    from daedal.checkpoint.quantize import QuantizeReport
+
+
+FormatName = Literal["bf16", "fp8", "fp4"]
+LayoutName = Literal["deepseek", "transformers"]
+
+
+def command(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's directory, or a name.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory, or a checkpoint to replace.")],
+    to: Annotated[FormatName, typer.Option(help="Number format; fp4 is routed experts in FP4, the rest in FP8.")],
+    layout: Annotated[
+        LayoutName | None, typer.Option(help="Names to write; the family's published ones if not given.")
+    ] = None,
+    json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Write a checkpoint in another number format, tensor by tensor, and say what that changed."""
+    from daedal.checkpoint.quantize import quantize
+
+    source = resolve_shown(src)
+    bars = Progress(console=Console(stderr=True))
+    display = FetchDisplay(bars)
+    try:
+        report = quantize(source, dst, to=to, layout=layout, progress=partial(display, "converting"))
+    finally:
+        if bars.tasks:
+            bars.stop()
+    Console().print(_table(report))
+    if json_line:
+        print(json.dumps({"source": str(source), "destination": str(dst), **dataclasses.asdict(report)}))
+
+
+def _table(report: "QuantizeReport") -> Table:
+    inexact = f"; {report.inexact} FP4 matrices did not fit into FP8 exactly" if report.inexact else ""
+    title = (
+        f"{in_bytes(report.bytes_before)} became {in_bytes(report.bytes_after)}, {report.tensors:,} tensors{inexact}"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("tensors", justify="right")
+    table.add_column("stored in")
+    table.add_column("largest relative error", justify="right")
+    for role in report.roles:
+        error = f"{role.largest_error:.2e}" if role.largest_error else "exact"
+        table.add_row(role.role.replace("_", " "), f"{role.tensors:,}", ", ".join(role.dtypes), error)
+    return table

@@ -1,0 +1,65 @@
+"""The bytes that one sequence leaves in the cache, as shipped and in bf16, beside ordinary attention.
+
+Rows that attention reads: those that stay, one per token or per compressed entry, and rings of the last few tokens.
+What only closes the next entry is state, apart from them. Knows no pages, which round up, and no device.
+"""
+
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+
+from daedal.config import ModelConfig
+from daedal.shapes import DTYPE_BITS, Slot
+
+COMPARED_HEADS = 8  # of the grouped-query model that a cache is compared with
+COMPARED_WIDTH = 128  # of its heads, where the model's own rows belong to no head
+
+Size = Callable[[Slot], int]
+
+
+def as_shipped(slot: Slot) -> int:
+    """Bytes of one row as the publisher's engine stores it."""
+    return slot.nbytes
+
+
+def in_bf16(slot: Slot) -> int:
+    """Bytes of one row with every number in bf16."""
+    return 2 * slot.numel
+
+
+def rows(slot: Slot, context: int) -> int:
+    """Rows of a slot that attention can read once a sequence has `context` tokens; entries count when complete."""
+    return min(context, slot.ring) if slot.ring else context // slot.rate
+
+
+def per_token(cache: Iterable[Slot], size: Size) -> float:
+    """Bytes that each further token adds, on average over entries; rings do not grow. Whole numbers as int."""
+    grows = (slot for slot in cache if slot.role == "cache" and not slot.ring)
+    total = sum((Fraction(size(slot), slot.rate) for slot in grows), Fraction(0))
+    return total.numerator if total.denominator == 1 else float(total)
+
+
+def at_context(cache: Iterable[Slot], context: int, size: Size) -> int:
+    """Bytes that attention can read at `context` tokens, rings included."""
+    return sum(rows(slot, context) * size(slot) for slot in cache if slot.role == "cache")
+
+
+def state(cache: Iterable[Slot]) -> int:
+    """Bytes of what the next entries are made of: the same at every length."""
+    return sum(slot.ring * slot.nbytes for slot in cache if slot.role == "state")
+
+
+def ordinary_per_token(config: ModelConfig, heads: int) -> int:
+    """Bytes per token of the same layers with keys and values of `heads` heads each, in the model's own dtype.
+
+    The dtype is that of the unquantised parts: bf16 also where the cache is shipped in FP8.
+    """
+    if config.is_compressed:
+        width = COMPARED_WIDTH
+    else:
+        width = config.head_dim if config.v_head_dim is None else config.v_head_dim
+    return config.num_hidden_layers * heads * 2 * width * DTYPE_BITS[config.dtype] // 8
+
+
+def compared_heads(config: ModelConfig) -> int:
+    """Key heads of the grouped-query model: 8, or all of them where the model has fewer."""
+    return min(COMPARED_HEADS, config.num_attention_heads)

@@ -1,0 +1,53 @@
+"""`daedal quantize`: the table, the JSON line, the bar, and mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daedal.checkpoint.load import load
+from daedal.checkpoint.save import save
+from daedal.cli import app
+from tests.checkpoint.quantizable import quantizable_model
+from tests.tiny import tiny_checkpoint
+
+
+def test_writes_a_checkpoint_and_ends_with_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, destination = tmp_path / "source", tmp_path / "fp4"
+    save(quantizable_model("deepseek_v4"), source)
+    assert app.run(["quantize", str(source), str(destination), "--to", "fp4", "--json"]) == 0
+    captured = capsys.readouterr()
+    table, _, last = captured.out.rstrip("\n").rpartition("\n")
+    report = json.loads(last)
+    assert (report["to"], report["layout"], report["inexact"]) == ("fp4", "deepseek", 0)
+    assert report["bytes_after"] < report["bytes_before"]
+    experts = next(role for role in report["roles"] if role["role"] == "routed_expert")
+    assert experts["dtypes"] == ["float4_e2m1fn_x2"]
+    assert 0.05 < experts["largest_error"] < 0.2
+    row = next(line for line in table.splitlines() if "routed expert" in line)
+    assert f"{experts['largest_error']:.2e}" in row
+    assert "exact" in next(line for line in table.splitlines() if "compressor" in line)
+    assert "converting" in captured.err
+    assert load(destination).config.expert_dtype == "fp4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{source}", "{new}", "--to", "int8"], "'int8' is not one of 'bf16', 'fp8', 'fp4'"),
+        (["{source}", "{new}", "--to", "fp4"], "deepseek_v3 is published in bf16 and fp8"),
+        (["{source}", "{source}", "--to", "fp8"], "source and destination are both"),
+        (["{source}", "{new}", "--to", "fp8", "--layout", "gguf"], "'gguf' is not one of"),
+        (["{new}", "{source}", "--to", "fp8"], "new"),
+        (["{source}", "{new}"], "--to"),
+    ],
+)
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    tiny_checkpoint(tmp_path / "source", "deepseek_v3")
+    places = {"source": tmp_path / "source", "new": tmp_path / "new"}
+    assert app.run(["quantize", *(argument.format_map(places) for argument in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("daedal: ")
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
