@@ -1,31 +1,30 @@
-"""The engine: requests in, tokens out. It joins the scheduler, the paged cache, the model, sampling and stopping.
+"""The engine: requests in, tokens out. It joins the scheduler, the runner of the model, sampling and stopping.
 
-One step runs one flat batch of prompt chunks and single tokens. An engine belongs to one thread. It knows nothing of
-HTTP, chat templates or clocks, and text only through the tokenizer it is given.
+One step runs one flat batch of prompt chunks, single tokens and drafts. An engine belongs to one thread. It knows
+nothing of HTTP, chat templates or clocks, and text only through the tokenizer it is given.
 """
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from daedal.errors import OverloadError, RequestError
 from daedal.infer.admission import Limits
-from daedal.infer.cache import PagedCache
-from daedal.infer.logprobs import token_logprobs
+from daedal.infer.live import Live, Rows
 from daedal.infer.memory import keep_freed_memory, plan_pages
 from daedal.infer.pages import PageAllocator
-from daedal.infer.request import Output, Request, SamplingParams, TokenLogprobs
-from daedal.infer.sampling import RowSampler, check_finite, choose
+from daedal.infer.request import Output, Request, SamplingParams
+from daedal.infer.runner import Runner, kept
+from daedal.infer.sampling import RowSampler, check_finite, verify
 from daedal.infer.scheduler import Chunk, Scheduler, Step
+from daedal.infer.speculative import Acceptance, Speculation
 from daedal.infer.stopping import Ending
-from daedal.model.batch import RaggedBatch
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
+    from daedal.text.decoding import Detokenizer
     from daedal.text.tokenizer import Tokenizer
 
 
@@ -39,9 +38,13 @@ class StepError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Gauges of now, and counters (`_total`, `num_preemptions`) since the engine was made. Bytes are of the cache.
+    """Gauges of now, and counters (`_total`, `num_preemptions`) since the engine was made.
 
+    Bytes are of the cache, a draft model's included: of pages in use, and of the rings (V4's windows) of all that run.
     prompt_tokens_total counts a prompt when it has been read wholly, and once even if it had to be read again.
+    num_drafts_total: how often a request's next tokens were drafted; num_drafted_total: tokens so drafted;
+    num_accepted_total: those that became part of an answer; num_accepted_at: of them the first drafted, the second, and
+    so on, empty for an engine that does not draft.
     """
 
     num_running: int
@@ -53,30 +56,10 @@ class EngineStats:
     num_preemptions: int
     prompt_tokens_total: int
     generation_tokens_total: int
-
-
-@dataclass(kw_only=True, eq=False)
-class _Live:
-    """One request from `add` until its last output; prompt_logprobs as far as computed, None if not wanted or given."""
-
-    request: Request
-    sampler: RowSampler
-    ending: Ending
-    prompt_logprobs: list[TokenLogprobs | None] | None
-    prompt_is_read: bool = False
-
-
-@dataclass(kw_only=True)
-class _Rows:
-    """Which positions of a step's flat batch need logits: for whose prompt entries, and for whose next token.
-
-    prompts: (request, its target ids), in the order of `prompt_rows`; samplers: in the order of `sample_rows`.
-    """
-
-    prompts: list[tuple[_Live, tuple[int, ...]]] = field(default_factory=list)
-    prompt_rows: list[int] = field(default_factory=list)
-    samples: list[_Live] = field(default_factory=list)
-    sample_rows: list[int] = field(default_factory=list)
+    num_drafts_total: int = 0
+    num_drafted_total: int = 0
+    num_accepted_total: int = 0
+    num_accepted_at: tuple[int, ...] = ()
 
 
 class Engine:
@@ -85,9 +68,10 @@ class Engine:
     tokenizer: gives text, stop strings, and end-of-sequence ids beside the model's own. cache_bytes: size of the cache;
     by default what `max_batch` requests of the whole context need, at most half of the device's free memory.
     max_batch: requests that run together. max_step_tokens: tokens of one step, and so the largest prompt chunk.
-    page_size: tokens of a page, by default 16, fewer in a small cache. max_waiting: requests that may queue beyond
-    `max_batch`, None for any number. max_context: tokens of prompt and answer together, by default the model's.
-    Raises ConfigError for sizes that cannot be.
+    page_size: tokens of a page, by default 16, fewer in a small cache, 128 in V4. max_waiting: requests that may queue
+    beyond `max_batch`, None for any number. max_context: tokens of prompt and answer together, by default the model's.
+    speculate: who drafts tokens for the model to check several at once; answers stay the same.
+    Raises ConfigError for sizes that cannot be, and for a drafter that cannot draft for this model.
     """
 
     def __init__(
@@ -101,14 +85,14 @@ class Engine:
         page_size: int | None = None,
         max_waiting: int | None = None,
         max_context: int | None = None,
+        speculate: Speculation | None = None,
     ):
         self._model = model
         self._tokenizer = tokenizer
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         plan = plan_pages(
-            model.config,
-            dtype=model.dtype,
+            kept(model, speculate),
             device=model.device,
             cache_bytes=cache_bytes,
             max_batch=max_batch,
@@ -117,12 +101,13 @@ class Engine:
             max_waiting=max_waiting,
             max_context=max_context,
         )
+        if speculate is not None:
+            speculate.check(model, plan.context)
         if model.device.type == "cpu":
             keep_freed_memory()
+        self._plan = plan
         self._pages = PageAllocator(plan.num_pages)
-        self._cache = PagedCache(
-            model.config, num_pages=plan.num_pages, page_size=plan.page_size, dtype=model.dtype, device=model.device
-        )
+        self._runner = Runner(model, plan, speculate)
         self._limits = Limits(
             vocab_size=model.config.vocab_size,
             context=plan.context,
@@ -130,10 +115,16 @@ class Engine:
             has_text=tokenizer is not None,
         )
         self._end_ids = model.config.eos_token_ids | (tokenizer.eos_ids if tokenizer is not None else frozenset())
+        max_drafts = 0 if speculate is None else speculate.draft_tokens
         self._scheduler = Scheduler(
-            self._pages, page_size=plan.page_size, max_batch=max_batch, max_step_tokens=max_step_tokens
+            self._pages,
+            page_size=plan.page_size,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            max_drafts=max_drafts,
         )
-        self._live: dict[str, _Live] = {}
+        self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
+        self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
         self._prompt_tokens_total = 0
         self._generation_tokens_total = 0
@@ -149,17 +140,21 @@ class Engine:
         return bool(self._live or self._undelivered)
 
     def stats(self) -> EngineStats:
-        page_bytes = self._cache.nbytes // self._pages.num_pages
+        num_running, pages_used = self._scheduler.num_running, self._pages.num_used
         return EngineStats(
-            num_running=self._scheduler.num_running,
+            num_running=num_running,
             num_waiting=self._scheduler.num_waiting,
-            pages_used=self._pages.num_used,
+            pages_used=pages_used,
             pages_total=self._pages.num_pages,
-            kv_bytes_used=self._pages.num_used * page_bytes,
-            kv_bytes_total=self._cache.nbytes,
+            kv_bytes_used=pages_used * self._plan.page_bytes + num_running * self._plan.state_bytes,
+            kv_bytes_total=self._plan.nbytes,
             num_preemptions=self._scheduler.num_preemptions,
             prompt_tokens_total=self._prompt_tokens_total,
             generation_tokens_total=self._generation_tokens_total,
+            num_drafts_total=self._acceptance.num_drafts,
+            num_drafted_total=self._acceptance.num_drafted,
+            num_accepted_total=sum(self._acceptance.accepted_at),
+            num_accepted_at=tuple(self._acceptance.accepted_at),
         )
 
     def add(self, request: Request) -> None:
@@ -173,18 +168,25 @@ class Engine:
             raise RequestError(f"id {request.id!r} belongs to a request under way: give a new one", param="id")
         self.check_room(1)
         params, length = request.params, len(request.prompt)
-        self._live[request.id] = _Live(
+        self._live[request.id] = Live(
             request=request,
             sampler=RowSampler(params, request.prompt, vocab_size=self._limits.vocab_size, device=self._model.device),
             ending=Ending(
                 params,
                 end_ids=self._end_ids,
                 room=self._limits.context - length,
-                detokenizer=self._tokenizer.detokenizer() if self._tokenizer is not None else None,
+                detokenizer=self._detokenizer(params),
             ),
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
         )
-        self._scheduler.add(request.id, request.prompt, generates=params.max_tokens > 0)
+        self._scheduler.add(
+            request.id, request.prompt, max_answer=min(params.max_tokens, self._limits.context - length)
+        )
+
+    def _detokenizer(self, params: SamplingParams) -> "Detokenizer | None":
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
 
     def check_room(self, count: int) -> None:
         """Raises OverloadError if `count` more requests do not fit now, RequestError if they never could together."""
@@ -275,78 +277,42 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         del self._live[request_id]
         self._scheduler.remove(request_id)
+        self._runner.forget(request_id)
 
     def _run(self, step: Step) -> list[Output]:
-        chunks = step.chunks
-        batch = RaggedBatch.of(
-            [chunk.ids for chunk in chunks], [chunk.past for chunk in chunks], device=self._model.device
-        )
-        view = self._cache.view([chunk.table for chunk in chunks], batch.pasts, batch.counts)
-        rows = self._rows(step)
-        rows_N = torch.tensor(rows.prompt_rows + rows.sample_rows, dtype=torch.int64, device=self._model.device)
-        logits_NV: Tensor = self._model(batch, view, rows=rows_N)
+        step = self._runner.propose(step)
+        rows = Rows.of(step, self._live)
+        logits_NV, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
         check_finite(logits_NV)
-        num_prompt_rows = len(rows.prompt_rows)
-        self._score_prompts(rows, logits_NV[:num_prompt_rows])
-        next_NV = logits_NV[num_prompt_rows:]
-        tokens = choose(next_NV, [live.sampler for live in rows.samples])
-        entries = _chosen_logprobs(next_NV, rows.samples, tokens)
-        sampled = {live.request.id: token for live, token in zip(rows.samples, tokens, strict=True)}
-        self._scheduler.commit(step, sampled)
-        self._generation_tokens_total += len(sampled)
-        outputs = [self._output(self._live[chunk.request_id], chunk, sampled, entries) for chunk in chunks]
-        return [output for output in outputs if output is not None]
-
-    def _rows(self, step: Step) -> _Rows:
-        rows = _Rows()
-        start = 0
+        prompt_NV, next_NV = logits_NV.tensor_split([len(rows.prompt_rows)])
+        rows.score_prompts(prompt_NV)
+        samplers, drafts = [live.sampler for live, _ in rows.samples], [ids for _, ids in rows.samples]
+        chosen = verify(next_NV, samplers, drafts)
+        entries = rows.score_chosen(next_NV, chosen)
+        by_id = {live.request.id: ids for (live, _), ids in zip(rows.samples, chosen, strict=True)}
+        outputs = []
         for chunk in step.chunks:
-            live = self._live[chunk.request_id]
-            if live.prompt_logprobs is not None:
-                prompt = live.request.prompt
-                # A prompt that is read again after a preemption keeps the entries that it has.
-                first = max(chunk.past, len(live.prompt_logprobs) - 1)
-                end = min(chunk.past + len(chunk.ids), len(prompt) - 1)
-                if first < end:
-                    rows.prompts.append((live, prompt[first + 1 : end + 1]))
-                    rows.prompt_rows.extend(range(start + first - chunk.past, start + end - chunk.past))
-            start += len(chunk.ids)
-            if chunk.samples:
-                rows.samples.append(live)
-                rows.sample_rows.append(start - 1)
-        return rows
+            name = chunk.request_id
+            output = self._live[name].take(chunk, by_id.get(name, ()), entries.get(name, ()))
+            if output is not None:
+                outputs.append(output)
+                self._count(chunk, output)
+        self._scheduler.commit(step, {output.request_id: output.ids for output in outputs})
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget(output.request_id)
+        going_on = {output.request_id: output.ids for output in outputs if output.finish_reason is None}
+        self._runner.follow(step, states, going_on)
+        return outputs
 
-    def _score_prompts(self, rows: _Rows, logits_NV: Tensor) -> None:
-        targets = list(itertools.chain.from_iterable(ids for _, ids in rows.prompts))
-        tops = [live.request.params.prompt_logprobs or 0 for live, ids in rows.prompts for _ in ids]
-        entries = iter(token_logprobs(logits_NV, targets, tops))
-        for live, ids in rows.prompts:
-            assert live.prompt_logprobs is not None
-            live.prompt_logprobs.extend(itertools.islice(entries, len(ids)))
-
-    def _output(
-        self, live: _Live, chunk: Chunk, sampled: dict[str, int], entries: dict[str, TokenLogprobs]
-    ) -> Output | None:
-        """What this step brought `live`; None while its prompt is being read."""
-        request = live.request
-        if chunk.past + len(chunk.ids) < len(request.prompt) or not (chunk.samples or request.params.max_tokens == 0):
-            return None
+    def _count(self, chunk: Chunk, output: Output) -> None:
+        live = self._live[output.request_id]
         if not live.prompt_is_read:
             live.prompt_is_read = True
-            self._prompt_tokens_total += len(request.prompt)
-        output = Output(request_id=request.id)
-        output.prompt_logprobs, live.prompt_logprobs = live.prompt_logprobs, None
-        if chunk.samples:
-            token = sampled[request.id]
-            output.ids = [token]
-            output.text, output.finish_reason = live.ending.push(token)
-        else:
-            output.text, output.finish_reason = live.ending.finish(), "length"
-        if request.params.logprobs is not None:
-            output.logprobs = [entries[request.id]] if chunk.samples else []
-        if output.finish_reason is not None:
-            self._forget(request.id)
-        return output
+            self._prompt_tokens_total += len(live.request.prompt)
+        self._generation_tokens_total += len(output.ids)
+        accepted = sum(draft == token for draft, token in zip(chunk.drafts, output.ids, strict=False))
+        self._acceptance.count(len(chunk.drafts), accepted)
 
 
 def _requests(
@@ -365,13 +331,3 @@ def _requests(
         ids = tuple(prompt) if isinstance(prompt, Sequence) else prompt
         requests.append(Request(id=str(index), prompt=ids, params=chosen))
     return requests
-
-
-def _chosen_logprobs(logits_NV: Tensor, lives: Sequence[_Live], tokens: Sequence[int]) -> dict[str, TokenLogprobs]:
-    """By request id, for the requests that asked for them."""
-    rows = [row for row, live in enumerate(lives) if live.request.params.logprobs is not None]
-    if not rows:
-        return {}
-    tops = [lives[row].request.params.logprobs or 0 for row in rows]
-    entries = token_logprobs(logits_NV[rows], [tokens[row] for row in rows], tops)
-    return {lives[row].request.id: entry for row, entry in zip(rows, entries, strict=True)}

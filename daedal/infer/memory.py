@@ -1,16 +1,19 @@
 """How many pages the cache gets. Sizes only: it allocates nothing and knows no requests."""
 
 import ctypes
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from daedal.config import ModelConfig
 from daedal.errors import ConfigError
-from daedal.infer.cache import page_nbytes
+from daedal.infer.cache import page_multiple, page_nbytes, state_nbytes
 
 _PAGE_SIZE = 16
 _FREE_MEMORY_SHARE = 0.5
@@ -18,18 +21,38 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # names and numbe
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A model whose rows the cache keeps in `dtype`; drafting: those of its drafting modules too."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    drafting: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PagePlan:
-    """num_pages pages of page_size tokens; context: tokens of prompt and answer that a request may have."""
+    """num_pages pages of page_size tokens; context: tokens of prompt and answer that a request may have.
+
+    page_bytes: of one page, over all that is kept. state_bytes: of the rings of one running sequence; there are rings
+    for `num_states`.
+    """
 
     num_pages: int
     page_size: int
     context: int
+    page_bytes: int
+    num_states: int
+    state_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """What the caches allocate, exactly."""
+        return self.num_pages * self.page_bytes + self.num_states * self.state_bytes
 
 
 def plan_pages(
-    config: ModelConfig,
+    kept: Sequence[Kept],
     *,
-    dtype: torch.dtype,
     device: torch.device,
     cache_bytes: int | None,
     max_batch: int,
@@ -38,12 +61,14 @@ def plan_pages(
     max_waiting: int | None,
     max_context: int | None,
 ) -> PagePlan:
-    """Checks an engine's sizes and settles those left open.
+    """Checks an engine's sizes and settles those left open. kept: the model that serves, then any that drafts for it.
 
-    Without `cache_bytes` the cache holds `max_batch` requests of the whole context, but takes at most half of the free
-    memory. Without `page_size` a page has 16 tokens, fewer in a cache of under 1024. Raises ConfigError.
+    Rings of `max_batch` sequences come first, the rest of `cache_bytes` becomes pages. Without `cache_bytes` the cache
+    holds `max_batch` requests of the whole context, but takes at most half of the free memory. Without `page_size` a
+    page has 16 tokens, fewer in a cache of under 1024, and where entries cover several tokens the least that holds
+    whole ones: 128 in V4. Raises ConfigError.
     """
-    longest = config.max_position_embeddings
+    longest = kept[0].config.max_position_embeddings
     context = longest if max_context is None else max_context
     for name, value, least in (
         ("max_batch", max_batch, 1),
@@ -56,19 +81,49 @@ def plan_pages(
             raise ConfigError(f"{name} is {value}: it must be at least {least}")
     if context > longest:
         raise ConfigError(f"max_context is {context}, the model's is {longest}: give at most that")
+    unit = math.lcm(*(page_multiple(one.config) for one in kept))
     given_bytes = int(free_bytes(device) * _FREE_MEMORY_SHARE) if cache_bytes is None else cache_bytes
-    num_tokens = given_bytes // page_nbytes(config, 1, dtype)
-    if cache_bytes is None:
-        num_tokens = min(num_tokens, max_batch * context)
+    state_bytes = sum(state_nbytes(one.config, one.dtype, drafting=one.drafting) for one in kept)
+    bytes_for_pages = given_bytes - max_batch * state_bytes
     if page_size is None:
         # Small caches get small pages: rounding to whole pages then costs one token in 64 at most.
-        page_size = min(_PAGE_SIZE, max(num_tokens // 64, 1))
-    num_pages = num_tokens // page_size
+        num_tokens = bytes_for_pages // _page_bytes(kept, unit) * unit
+        page_size = unit * max(min(_PAGE_SIZE, num_tokens // 64) // unit, 1)
+    if page_size % unit:
+        raise ConfigError(
+            f"page_size is {page_size}: a page of this model must hold whole compressed entries, give a multiple of "
+            f"{unit}"
+        )
+    page_bytes = _page_bytes(kept, page_size)
+    num_pages = bytes_for_pages // page_bytes
     if num_pages < 1:
         size = "half of the free memory" if cache_bytes is None else "cache_bytes"
-        needed = page_nbytes(config, page_size, dtype)
-        raise ConfigError(f"{size} is {given_bytes}, one page of the cache takes {needed} bytes: give at least that")
-    return PagePlan(num_pages=num_pages, page_size=page_size, context=context)
+        _refuse(f"{size} is {given_bytes}", page_bytes, max_batch, state_bytes)
+    if cache_bytes is None:
+        num_pages = min(num_pages, max_batch * -(-context // page_size))
+    return PagePlan(
+        num_pages=num_pages,
+        page_size=page_size,
+        context=context,
+        page_bytes=page_bytes,
+        num_states=max_batch,
+        state_bytes=state_bytes,
+    )
+
+
+def _page_bytes(kept: Sequence[Kept], page_size: int) -> int:
+    return sum(page_nbytes(one.config, page_size, one.dtype, drafting=one.drafting) for one in kept)
+
+
+def _refuse(given: str, page_bytes: int, max_batch: int, state_bytes: int) -> NoReturn:
+    page = f"one page of the cache takes {page_bytes} bytes"
+    if not state_bytes:
+        raise ConfigError(f"{given}, {page}: give at least that")
+    rings = max_batch * state_bytes
+    raise ConfigError(
+        f"{given}, the rings of {max_batch} sequences take {rings} bytes and {page}: give at least "
+        f"{rings + page_bytes}, or lower max_batch"
+    )
 
 
 @cache

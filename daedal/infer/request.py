@@ -27,7 +27,9 @@ class SamplingParams:
     frequency penalties are subtracted for tokens of the answer, as in the OpenAI API. seed: the draw repeats with it.
     stop: strings that end the answer (not part of its text); stop_ids: ids that do. logprobs: None for none, n for the
     chosen token's and the n likeliest; prompt_logprobs the same for the prompt. logit_bias: id to addend. Any sequence
-    will do for `stop` and `stop_ids`; tuples are kept. Raises RequestError with the field's name.
+    will do for `stop` and `stop_ids`; tuples are kept. skip_special_tokens: they are no text; else the text, which stop
+    strings are sought in, has their names, but not that of the one that ends the answer. Raises RequestError with the
+    field's name.
     """
 
     max_tokens: int = 16
@@ -42,6 +44,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
@@ -59,8 +62,9 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
             _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}: it must be true or false", param="ignore_eos")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}: it must be true or false", param=name)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 0, MAX_LOGPROBS)

@@ -8,6 +8,7 @@ on its neighbours in the batch nor on the device. Knows no requests, no text, no
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -80,6 +81,13 @@ def check_finite(logits_NV: Tensor) -> None:
         raise FloatingPointError("the model's logits hold NaN or infinity: no token can be chosen from them")
 
 
+def greedy(logits_NV: Tensor) -> list[int]:
+    """The likeliest token of each row, ties to the lowest id. FloatingPointError as `check_finite`."""
+    check_finite(logits_NV)
+    chosen: list[int] = logits_NV.argmax(dim=-1).tolist()
+    return chosen
+
+
 def choose(logits_NV: Tensor, samplers: Sequence[RowSampler]) -> list[int]:
     """One token id per row of logits (`check_finite` holds), noted in its sampler."""
     if not samplers:
@@ -93,6 +101,32 @@ def choose(logits_NV: Tensor, samplers: Sequence[RowSampler]) -> list[int]:
         if sampler.params.temperature >= LEAST_TEMPERATURE:
             chosen[row] = draw(logits_NV[row], sampler.params, sampler.uniform())
         sampler.observe(chosen[row])
+    return chosen
+
+
+def verify(logits_NV: Tensor, samplers: Sequence[RowSampler], drafts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """The tokens that each request goes on with: its own choices, one after the other, for as long as they are what was
+    drafted.
+
+    Rows of logits: for each request one for its next token, then one after each of its drafts. Each choice is made as
+    without drafts, with the same random number and after the same penalties, so drafts decide only how many rows count
+    (speculative sampling, Leviathan et al. 2023, with drafts of probability 1).
+    """
+    firsts = list(accumulate((len(draft) + 1 for draft in drafts), initial=0))
+    chosen: list[list[int]] = [[] for _ in samplers]
+    going = list(range(len(samplers)))
+    place = 0
+    while going:
+        rows = [firsts[index] + place for index in going]
+        row_logits = logits_NV if len(rows) == logits_NV.shape[0] else logits_NV[rows]
+        tokens = choose(row_logits, [samplers[index] for index in going])
+        still_going = []
+        for index, token in zip(going, tokens, strict=True):
+            chosen[index].append(token)
+            if drafts[index][place : place + 1] == (token,):
+                still_going.append(index)
+        going = still_going
+        place += 1
     return chosen
 
 

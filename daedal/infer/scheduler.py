@@ -1,29 +1,47 @@
 """Which tokens run in the next step: continuous batching over one flat batch, with chunked prefill and preemption.
 
 First come, first served. Every running request is older than every waiting one, and the oldest always advances: it may
-take the pages of the youngest, whose tokens are then fed again later. So nobody starves and nothing is lost. Knows
-token ids and page numbers only: no torch, no model, no sampling, no text.
+take the pages of the youngest, whose tokens are then fed again later. So nobody starves and nothing is lost. Where
+tokens may be drafted, places for them come last: they take what requests leave. Knows token ids, page and state numbers
+only: no torch, no model, no sampling, no text, and not who drafts.
 """
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from daedal.infer.pages import PageAllocator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Part of one step: `ids` run at positions `past` onwards, their cache rows lie on the pages of `table`.
+    """Part of one step: `ids`, then `drafts`, run at positions `past` onwards; their cache rows lie on the pages of
+    `table` and in the rings `state`.
 
-    samples: whether the logits of the last position choose the request's next token.
+    samples: whether the logits of the last of `ids` choose the request's next token. following: the token after `ids`
+    where it is known already, in a prompt that is not read to its end. max_drafts: tokens that may be tried after
+    `ids`; the pages have room for them, and the answer a use.
     """
 
     request_id: str
     ids: tuple[int, ...]
     past: int
     table: tuple[int, ...]
+    state: int
     samples: bool
+    following: int | None = None
+    max_drafts: int = 0
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """All tokens that run."""
+        return self.ids + self.drafts
+
+    @property
+    def end(self) -> int:
+        """The position after `ids`: that of the first draft."""
+        return self.past + len(self.ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +53,28 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(chunk.ids) for chunk in self.chunks)
+        return sum(len(chunk.fed) for chunk in self.chunks)
+
+    def with_drafts(self, drafts: Mapping[str, Sequence[int]]) -> "Step":
+        """The same step with tokens drafted for some requests, at most `max_drafts` each."""
+        assert all(len(drafts.get(chunk.request_id, ())) <= chunk.max_drafts for chunk in self.chunks)
+        chunks = (replace(chunk, drafts=tuple(drafts.get(chunk.request_id, ()))) for chunk in self.chunks)
+        return replace(self, chunks=tuple(chunks))
 
 
 @dataclass(kw_only=True, eq=False)
 class _Sequence:
-    """`tokens`: prompt and answer; the first `num_cached` of them have their rows on the pages of `table`."""
+    """`tokens`: prompt and answer; the first `num_cached` of them have their rows on the pages of `table`, the last few
+    of these in the rings `state`. most: tokens that prompt and answer can have together.
+    """
 
     id: str
     tokens: list[int]
     generates: bool
+    most: int
     num_cached: int = 0
     table: list[int] = field(default_factory=list)
+    state: int | None = None
 
     @property
     def num_remaining(self) -> int:
@@ -56,19 +84,24 @@ class _Sequence:
 class Scheduler:
     """Requests in, steps out. A step is scheduled, run by the caller, and committed before the next.
 
-    max_batch: requests that hold pages at once. max_step_tokens: tokens of one step.
+    max_batch: requests that hold pages at once, each with a state number below it. max_step_tokens: tokens of one step.
+    max_drafts: tokens that may be drafted for a request in a step.
     Every request must fit the pages alone (`PageAllocator.num_pages`, for all tokens it will ever feed): the caller
     refuses others.
     """
 
-    def __init__(self, pages: PageAllocator, *, page_size: int, max_batch: int, max_step_tokens: int):
+    def __init__(
+        self, pages: PageAllocator, *, page_size: int, max_batch: int, max_step_tokens: int, max_drafts: int = 0
+    ):
         self._pages = pages
         self._page_size = page_size
         self._max_batch = max_batch
         self._max_step_tokens = max_step_tokens
+        self._max_drafts = max_drafts
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._sequences: dict[str, _Sequence] = {}
+        self._free_states = list(reversed(range(max_batch)))
         self.num_preemptions = 0
 
     @property
@@ -79,49 +112,44 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def add(self, request_id: str, prompt: tuple[int, ...], *, generates: bool = True) -> None:
-        """Queues a request; `generates` False feeds the prompt and samples nothing."""
+    def add(self, request_id: str, prompt: tuple[int, ...], *, max_answer: int) -> None:
+        """Queues a request for at most `max_answer` tokens; 0 feeds the prompt and samples nothing."""
         assert prompt
         assert request_id not in self._sequences
-        sequence = _Sequence(id=request_id, tokens=list(prompt), generates=generates)
+        sequence = _Sequence(
+            id=request_id, tokens=list(prompt), generates=max_answer > 0, most=len(prompt) + max_answer
+        )
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
 
     def remove(self, request_id: str) -> None:
         """Forgets a request, finished or cancelled, and frees its pages at once."""
         sequence = self._sequences.pop(request_id)
-        self._pages.free(sequence.table)
-        if sequence in self._running:
-            self._running.remove(sequence)
-        else:
+        if sequence.state is None:
             self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+            self._release(sequence)
 
     def schedule(self) -> Step:
         """The next step; without chunks only when there are no requests, or none but finished ones.
 
-        A prompt takes all the budget that is left, so whoever started before it is past its own prompt: one pass in
-        order of arrival lets every answer under way go on and gives the rest to prompts.
+        Drafts take what is left of the budget and of the pages; of the budget that answers under way leave, half is
+        theirs before prompts, so that a long prompt does not silence them, nor they it.
         """
-        chunks: list[Chunk] = []
         preempted: list[str] = []
-        budget = self._max_step_tokens
-        index = 0
-        while index < len(self._running) and budget > 0:
-            sequence = self._running[index]
-            count = min(sequence.num_remaining, budget)
-            if count > 0 and self._grow(sequence, count, preempted):
-                chunks.append(self._chunk(sequence, count))
-                budget -= count
-            index += 1
-        while budget > 0 and self._admit():
-            sequence = self._running[-1]
-            count = min(sequence.num_remaining, budget)
-            chunks.append(self._chunk(sequence, count))
-            budget -= count
+        shares = self._shares(self._max_step_tokens - self._kept_for_drafts(), preempted)
+        budget = self._max_step_tokens - sum(count for _, count in shares)
+        chunks: list[Chunk] = []
+        for sequence, count in shares:
+            num_drafts = self._place_drafts(sequence, min(self._useful_drafts(sequence), budget))
+            budget -= num_drafts
+            chunks.append(self._chunk(sequence, count, num_drafts))
         return Step(chunks=tuple(chunks), preempted=tuple(preempted))
 
-    def commit(self, step: Step, sampled: Mapping[str, int]) -> None:
-        """Records that `step` ran and which token each request with `samples` chose.
+    def commit(self, step: Step, sampled: Mapping[str, Sequence[int]]) -> None:
+        """Records that `step` ran and which tokens each request with `samples` chose: one, and one more for each draft
+        that was chosen too. The others are withdrawn, by being fed no more.
 
         A request removed since the step was scheduled is passed over.
         """
@@ -131,7 +159,55 @@ class Scheduler:
                 continue
             sequence.num_cached += len(chunk.ids)
             if chunk.samples:
-                sequence.tokens.append(sampled[chunk.request_id])
+                chosen = sampled[chunk.request_id]
+                assert tuple(chosen[:-1]) == chunk.drafts[: len(chosen) - 1]
+                sequence.num_cached += len(chosen) - 1
+                sequence.tokens.extend(chosen)
+
+    def _shares(self, budget: int, preempted: list[str]) -> list[tuple[_Sequence, int]]:
+        """How many of its tokens each request feeds; pages for them are allocated.
+
+        A prompt takes all the budget that is left, so whoever started before it is past its own prompt: one pass in
+        order of arrival lets every answer under way go on and gives the rest to prompts.
+        """
+        shares: list[tuple[_Sequence, int]] = []
+        index = 0
+        while index < len(self._running) and budget > 0:
+            sequence = self._running[index]
+            count = min(sequence.num_remaining, budget)
+            if count > 0 and self._grow(sequence, count, preempted):
+                shares.append((sequence, count))
+                budget -= count
+            index += 1
+        while budget > 0 and self._admit():
+            sequence = self._running[-1]
+            count = min(sequence.num_remaining, budget)
+            shares.append((sequence, count))
+            budget -= count
+        return shares
+
+    def _kept_for_drafts(self) -> int:
+        """Tokens of the budget that prompts leave alone."""
+        wanted = sum(self._useful_drafts(sequence) for sequence in self._running)
+        answering = sum(sequence.num_remaining == 1 for sequence in self._running)
+        return min(wanted, max(self._max_step_tokens - answering, 0) // 2)
+
+    def _useful_drafts(self, sequence: _Sequence) -> int:
+        """Drafts that could become part of the answer: none before all tokens are read, and after all of them one more
+        token is chosen.
+        """
+        if not sequence.generates or sequence.num_remaining != 1:
+            return 0
+        return min(self._max_drafts, sequence.most - len(sequence.tokens) - 1)
+
+    def _place_drafts(self, sequence: _Sequence, count: int) -> int:
+        """How many of `count` drafts have room after the sequence's tokens, on free pages if need be."""
+        if count <= 0:
+            return 0
+        length = len(sequence.tokens)
+        missing = self._pages_for(length + count) - len(sequence.table)
+        self._allocate(sequence, min(missing, self._pages.num_free))
+        return min(count, len(sequence.table) * self._page_size - length)
 
     def _grow(self, sequence: _Sequence, count: int, preempted: list[str]) -> bool:
         """Gives `sequence` the pages for `count` more tokens, taken from the youngest where none are free.
@@ -145,12 +221,17 @@ class Scheduler:
 
     def _preempt_youngest(self) -> str:
         sequence = self._running.pop()
-        self._pages.free(sequence.table)
-        sequence.table = []
-        sequence.num_cached = 0
+        self._release(sequence)
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
         return sequence.id
+
+    def _release(self, sequence: _Sequence) -> None:
+        """Takes back what a running request holds."""
+        assert sequence.state is not None
+        self._pages.free(sequence.table)
+        self._free_states.append(sequence.state)
+        sequence.table, sequence.state, sequence.num_cached = [], None, 0
 
     def _admit(self) -> bool:
         """Starts the oldest waiting request, if pages for all its tokens are free.
@@ -163,6 +244,7 @@ class Scheduler:
         if not self._allocate(sequence, self._pages_for(len(sequence.tokens))):
             assert self._running, "a request that can never fit was added"
             return False
+        sequence.state = self._free_states.pop()
         self._running.append(self._waiting.popleft())
         return True
 
@@ -175,14 +257,18 @@ class Scheduler:
         sequence.table.extend(pages)
         return True
 
-    def _chunk(self, sequence: _Sequence, count: int) -> Chunk:
-        past = sequence.num_cached
+    def _chunk(self, sequence: _Sequence, count: int, max_drafts: int) -> Chunk:
+        past, end = sequence.num_cached, sequence.num_cached + count
+        assert sequence.state is not None
         return Chunk(
             request_id=sequence.id,
-            ids=tuple(sequence.tokens[past : past + count]),
+            ids=tuple(sequence.tokens[past:end]),
             past=past,
             table=tuple(sequence.table),
+            state=sequence.state,
             samples=sequence.generates and count == sequence.num_remaining,
+            following=sequence.tokens[end] if end < len(sequence.tokens) else None,
+            max_drafts=max_drafts,
         )
 
     def _pages_for(self, num_tokens: int) -> int:

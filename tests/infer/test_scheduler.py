@@ -1,5 +1,6 @@
 """Whatever arrives and leaves: pages are not shared, the budget holds, tokens are fed in order, everything ends."""
 
+import random
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -22,17 +23,27 @@ class Told:
 
 @dataclass(kw_only=True)
 class World:
+    """A scheduler, and what plays the model: it drafts and accepts as `luck` has it."""
+
     scheduler: Scheduler
     pages: PageAllocator
     page_size: int
     max_batch: int
     max_step_tokens: int
+    max_drafts: int
+    luck: random.Random = field(default_factory=lambda: random.Random(0))
     told: dict[str, Told] = field(default_factory=dict)
 
     def step(self) -> Step:
         step = self.scheduler.schedule()
         for request_id in step.preempted:
             self.told[request_id].fed = 0
+        drafted = {
+            chunk.request_id: [-1] * self.luck.randint(0, chunk.max_drafts)
+            for chunk in step.chunks
+            if self.luck.random() < 0.8
+        }
+        step = step.with_drafts(drafted)
         self.check(step)
         sampled = {}
         for chunk in step.chunks:
@@ -40,11 +51,15 @@ class World:
             assert chunk.past == told.fed
             assert list(chunk.ids) == told.tokens[told.fed : told.fed + len(chunk.ids)]
             told.fed += len(chunk.ids)
-            assert chunk.samples == (told.fed == len(told.tokens) and told.num_left > 0)
+            unread = told.tokens[told.fed :]
+            assert chunk.following == (unread[0] if unread else None)
+            assert chunk.samples == (not unread and told.num_left > 0)
             if chunk.samples:
-                sampled[chunk.request_id] = len(told.tokens)
-                told.tokens.append(len(told.tokens))
-                told.num_left -= 1
+                accepted = self.luck.randint(0, len(chunk.drafts))
+                sampled[chunk.request_id] = [*chunk.drafts[:accepted], len(told.tokens)]
+                told.tokens += sampled[chunk.request_id]
+                told.fed += accepted
+                told.num_left -= accepted + 1
         self.scheduler.commit(step, sampled)
         for chunk in step.chunks:
             told = self.told[chunk.request_id]
@@ -54,12 +69,20 @@ class World:
 
     def check(self, step: Step) -> None:
         assert all(chunk.ids for chunk in step.chunks)
-        assert step.num_tokens <= self.max_step_tokens
+        assert (
+            step.num_tokens <= sum(len(chunk.ids) + chunk.max_drafts for chunk in step.chunks) <= self.max_step_tokens
+        )
         assert len({chunk.request_id for chunk in step.chunks}) == len(step.chunks) <= self.max_batch
         assert not {chunk.request_id for chunk in step.chunks} & set(step.preempted)
         tables = [page for chunk in step.chunks for page in chunk.table]
         assert len(tables) == len(set(tables)) <= self.pages.num_used
-        assert all(chunk.past + len(chunk.ids) <= len(chunk.table) * self.page_size for chunk in step.chunks)
+        states = {chunk.state for chunk in step.chunks}
+        assert len(states) == len(step.chunks)
+        assert states <= set(range(self.max_batch))
+        for chunk in step.chunks:
+            num_left = self.told[chunk.request_id].num_left
+            assert chunk.end + chunk.max_drafts <= len(chunk.table) * self.page_size
+            assert 0 <= chunk.max_drafts <= (min(self.max_drafts, num_left - 1) if chunk.samples else 0)
         assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.told)
         assert self.scheduler.num_running <= self.max_batch
 
@@ -68,18 +91,25 @@ class World:
         del self.told[request_id]
 
 
-def world(*, num_pages: int, page_size: int, max_batch: int, max_step_tokens: int) -> World:
+def world(*, num_pages: int, page_size: int, max_batch: int, max_step_tokens: int, max_drafts: int = 0) -> World:
     pages = PageAllocator(num_pages)
-    scheduler = Scheduler(pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_step_tokens)
+    scheduler = Scheduler(
+        pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_step_tokens, max_drafts=max_drafts
+    )
     return World(
-        scheduler=scheduler, pages=pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_step_tokens
+        scheduler=scheduler,
+        pages=pages,
+        page_size=page_size,
+        max_batch=max_batch,
+        max_step_tokens=max_step_tokens,
+        max_drafts=max_drafts,
     )
 
 
 def add(world: World, request_id: str, prompt_length: int, num_left: int) -> None:
     prompt = tuple(range(prompt_length))
     world.told[request_id] = Told(tokens=list(prompt), num_left=num_left)
-    world.scheduler.add(request_id, prompt, generates=num_left > 0)
+    world.scheduler.add(request_id, prompt, max_answer=num_left)
 
 
 sizes = st.fixed_dictionaries(
@@ -87,7 +117,8 @@ sizes = st.fixed_dictionaries(
         "num_pages": st.integers(1, 12),
         "page_size": st.integers(1, 5),
         "max_batch": st.integers(1, 5),
-        "max_step_tokens": st.integers(1, 9),
+        "max_step_tokens": st.integers(1, 12),
+        "max_drafts": st.sampled_from([0, 1, 3, 8]),
     }
 )
 events = st.lists(
@@ -146,6 +177,28 @@ def test_the_youngest_is_preempted_and_fed_again_wholly() -> None:
     assert again[0][0] == 0
     assert again[0][1] > 3
     assert not here.told
+
+
+def test_drafts_take_what_requests_leave() -> None:
+    """Of the budget half of what answers leave is theirs before prompts, and pages only those that are free."""
+    here = world(num_pages=12, page_size=4, max_batch=3, max_step_tokens=10, max_drafts=5)
+    add(here, "first", 2, 20)
+    add(here, "second", 3, 20)
+    add(here, "long", 30, 1)
+    here.step()
+    step = here.scheduler.schedule()
+    assert [(chunk.request_id, len(chunk.ids), chunk.max_drafts) for chunk in step.chunks] == [
+        ("first", 1, 4),
+        ("second", 1, 0),
+        ("long", 4, 0),
+    ]
+    tight = world(num_pages=3, page_size=4, max_batch=2, max_step_tokens=32, max_drafts=8)
+    add(tight, "first", 3, 9)
+    add(tight, "second", 3, 2)
+    tight.step()
+    step = tight.scheduler.schedule()
+    assert [(chunk.max_drafts, len(chunk.table)) for chunk in step.chunks] == [(4, 2), (0, 1)]
+    assert not step.preempted
 
 
 def test_scheduling_needs_no_torch() -> None:

@@ -1,0 +1,95 @@
+"""Runs the steps of an engine: the model on its cache, and whatever drafts for it beside.
+
+Chunks in, logits out. Knows no requests, no sampling, no text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from daedal.infer.cache import PagedCache
+from daedal.infer.draft_lookup import LookupDrafter
+from daedal.infer.draft_model import ModelDrafter
+from daedal.infer.draft_mtp import MtpDrafter
+from daedal.infer.feeding import feed
+from daedal.infer.memory import Kept, PagePlan
+from daedal.infer.scheduler import Step
+from daedal.infer.speculative import Drafter, Speculation
+
+if TYPE_CHECKING:
+    from daedal.model.transformer import Transformer
+
+
+def kept(model: "Transformer", speculate: Speculation | None) -> list[Kept]:
+    """Whose rows the cache keeps: the model's, and those of what drafts for it."""
+    drafting = speculate is not None and speculate.method == "mtp"
+    models = [Kept(config=model.config, dtype=model.dtype, drafting=drafting)]
+    if speculate is not None and speculate.draft_model is not None:
+        models.append(Kept(config=speculate.draft_model.config, dtype=speculate.draft_model.dtype))
+    return models
+
+
+class Runner:
+    """`model` and what drafts for it, each on a cache of the size planned."""
+
+    def __init__(self, model: "Transformer", plan: PagePlan, speculate: Speculation | None):
+        self._model = model
+        self._caches = [
+            PagedCache(
+                one.config,
+                num_pages=plan.num_pages,
+                page_size=plan.page_size,
+                dtype=one.dtype,
+                device=model.device,
+                num_states=plan.num_states,
+                drafting=one.drafting,
+            )
+            for one in kept(model, speculate)
+        ]
+        self._drafter = None if speculate is None else self._make_drafter(speculate)
+
+    def _make_drafter(self, speculate: Speculation) -> Drafter:
+        if speculate.method == "mtp":
+            return MtpDrafter(self._model, self._caches[0])
+        if speculate.draft_model is not None:
+            return ModelDrafter(speculate.draft_model, self._caches[1])
+        return LookupDrafter()
+
+    @property
+    def caches(self) -> Sequence[PagedCache]:
+        """The model's, and the draft model's if there is one."""
+        return self._caches
+
+    def propose(self, step: Step) -> Step:
+        """The same step with drafts, if anything drafts. Raises ValueError for drafts outside the vocabulary."""
+        if self._drafter is None:
+            return step
+        drafts = self._drafter.propose(step)
+        vocab_size = self._model.config.vocab_size
+        for token in {token for tokens in drafts.values() for token in tokens}:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"the drafter proposed the id {token}: the vocabulary has {vocab_size}")
+        return step.with_drafts(drafts)
+
+    def run(self, step: Step, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """logits_NV at some rows of the step's flat batch, and the states for `follow` if that wants them."""
+        fed, pasts = [chunk.fed for chunk in step.chunks], [chunk.past for chunk in step.chunks]
+        batch, view = feed(self._caches[0], step.chunks, fed, pasts, self._model.device)
+        rows_N = torch.tensor(rows, dtype=torch.int64, device=self._model.device)
+        if not isinstance(self._drafter, MtpDrafter):
+            return self._model(batch, view, rows=rows_N), None
+        states = self._model.states(batch, view)
+        return self._model.head(self._model.finish(states[rows_N])), states
+
+    def follow(self, step: Step, states: Tensor | None, chosen: Mapping[str, Sequence[int]]) -> None:
+        """After a step and its `states`: what each request that goes on has chosen in it."""
+        if isinstance(self._drafter, MtpDrafter):
+            assert states is not None
+            self._drafter.follow(step, states, chosen)
+
+    def forget(self, request_id: str) -> None:
+        """The request is over."""
+        if self._drafter is not None:
+            self._drafter.forget(request_id)
