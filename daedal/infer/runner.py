@@ -57,11 +57,6 @@ class Runner:
             return ModelDrafter(speculate.draft_model, self._caches[1])
         return LookupDrafter()
 
-    @property
-    def caches(self) -> Sequence[PagedCache]:
-        """The model's, and the draft model's if there is one."""
-        return self._caches
-
     def propose(self, step: Step) -> Step:
         """The same step with drafts, if anything drafts. Raises ValueError for drafts outside the vocabulary."""
         if self._drafter is None:

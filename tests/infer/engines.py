@@ -4,11 +4,12 @@ from daedal.infer.cache import page_multiple, page_nbytes, state_nbytes
 from daedal.infer.draft_lookup import LookupDrafter
 from daedal.infer.draft_model import ModelDrafter
 from daedal.infer.draft_mtp import MtpDrafter
-from daedal.infer.engine import Engine
+from daedal.infer.engine import Engine, EngineStats
 from daedal.infer.request import Output
 from daedal.infer.runner import kept
 from daedal.infer.speculative import Speculation
 from daedal.model.transformer import Transformer
+from tests.infer.models import near
 
 
 class Digits:
@@ -17,7 +18,7 @@ class Digits:
     def __init__(self, end: int = 0):
         self.eos_ids = frozenset({end})
 
-    def detokenizer(self) -> "Digits":
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> "Digits":
         return self
 
     def push(self, token_id: int) -> str:
@@ -29,7 +30,7 @@ class Digits:
 
 def poisoned(engine: Engine) -> Engine:
     """The same engine, its cache filled with NaN: whatever reads a row that was not written, shows it."""
-    for cache in engine._runner.caches:
+    for cache in engine._runner._caches:
         for pools in cache.pools.values():
             for pool in pools.values():
                 pool.fill_(float("nan"))
@@ -85,3 +86,16 @@ def assert_idle(engine: Engine) -> None:
     drafter = engine._runner._drafter
     if isinstance(drafter, LookupDrafter | ModelDrafter | MtpDrafter):
         assert not any(held for held in vars(drafter).values() if isinstance(held, dict))
+
+
+def speculation(method: str, model: Transformer, draft_tokens: int = 4) -> Speculation:
+    """Somebody to draft for `model`; a draft model is one that often agrees."""
+    draft_model = near(model) if method == "model" else None
+    return Speculation(method=method, draft_tokens=draft_tokens, draft_model=draft_model)
+
+
+def check_acceptance(stats: EngineStats) -> None:
+    """Some drafts were accepted and some not, and the counts fit together."""
+    assert stats.num_accepted_total == sum(stats.num_accepted_at) < stats.num_drafted_total
+    assert sorted(stats.num_accepted_at, reverse=True) == list(stats.num_accepted_at)
+    assert stats.num_accepted_at[0] <= stats.num_drafts_total <= stats.num_drafted_total

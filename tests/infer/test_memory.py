@@ -32,11 +32,11 @@ def test_predicted_bytes_are_allocated_bytes(kind: str, method: str | None, cach
         draft_model = tiny("compressed", seed=1) if method == "model" else None
         speculate = Speculation(method=method, draft_model=draft_model)
     engine = Engine(model, cache_bytes=cache_bytes, max_batch=3, speculate=speculate)
-    allocated = sum(cache.nbytes for cache in engine._runner.caches)
+    allocated = sum(cache.nbytes for cache in engine._runner._caches)
     stats = engine.stats()
     assert engine._plan.nbytes == stats.kv_bytes_total == allocated
     assert stats.kv_bytes_used == 0
-    assert len(engine._runner.caches) == (2 if method == "model" else 1)
+    assert len(engine._runner._caches) == (2 if method == "model" else 1)
     if cache_bytes is not None:
         assert cache_bytes - engine._plan.page_bytes < allocated <= cache_bytes
     else:
