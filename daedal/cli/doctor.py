@@ -117,12 +117,15 @@ def diagnose() -> Diagnosis:
 
 def op_choices(device: "torch.device", dtype: "torch.dtype") -> list[OpChoice]:
     """For every op and backend: whether a decode step would run on it, and the reason."""
+    import torch
+
     from daedal import ops
 
     choices: list[OpChoice] = []
-    for op, (arguments, keywords) in samples(device, dtype).items():
-        for choice in ops.explain(op, *arguments, **keywords):
-            choices.append(OpChoice(op=op, backend=choice.backend, chosen=choice.chosen, reason=choice.reason))
+    with torch.no_grad():
+        for op, (arguments, keywords) in samples(device, dtype).items():
+            for choice in ops.explain(op, *arguments, **keywords):
+                choices.append(OpChoice(op=op, backend=choice.backend, chosen=choice.chosen, reason=choice.reason))
     return choices
 
 

@@ -1,17 +1,22 @@
 """One decode step's tensors for every op, so that `daedal doctor` can ask which backend would run them.
 
-Small, but with the proportions of a latent-attention model, because backends choose by dtype, device and shape. The
-values mean nothing. Imports torch when asked.
+Small, but with the proportions of DeepSeek's models, because backends choose by dtype, device and shape. The values
+mean nothing. Imports torch when asked.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+    from daedal.ops import FlatRows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 TOKENS, HIDDEN, HEADS, LATENT, ROTATED, EXPERTS, ACTIVE, WIDTH = 2, 256, 4, 128, 64, 8, 2, 128
+PAST, SPAN, RATE, CHOSEN, STREAMS, GROUPS = 127, 32, 4, 8, 4, 2
 
 
 def samples(device: "torch.device", dtype: "torch.dtype") -> dict[str, Call]:
@@ -23,26 +28,59 @@ def samples(device: "torch.device", dtype: "torch.dtype") -> dict[str, Call]:
     def zeros(*shape: int, of: "torch.dtype" = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, device=device)
 
+    def rows(count: int, dim: int) -> FlatRows:
+        """So many for each token, which is a sequence of its own."""
+        return FlatRows(zeros(TOKENS * count, dim), tuple(range(0, TOKENS * count + 1, count)))
+
     x_TD, angles_TC = zeros(TOKENS, HIDDEN), zeros(TOKENS, ROTATED // 2, of=torch.float32)
-    latents = FlatRows(zeros(TOKENS, LATENT + ROTATED), tuple(range(TOKENS + 1)))
+    latents = rows(1, LATENT + ROTATED)
     logits_TE = zeros(TOKENS, EXPERTS, of=torch.float32)
     ids_TA = torch.arange(ACTIVE, device=device).expand(TOKENS, ACTIVE)
+    weights_TA = zeros(TOKENS, ACTIVE, of=torch.float32)
     routing = {"scoring": "sigmoid", "method": "noaux_tc", "num_active": ACTIVE, "n_group": 2, "topk_group": 1}
+    matrices = zeros(EXPERTS, 2 * WIDTH, HIDDEN), zeros(EXPERTS, HIDDEN, WIDTH)
     return {
         "rms_norm": ((x_TD, zeros(HIDDEN), 1e-6), {}),
         "linear": ((x_TD, zeros(WIDTH, HIDDEN), None), {}),
+        "grouped_linear": ((zeros(TOKENS, GROUPS, HIDDEN), zeros(GROUPS, WIDTH, HIDDEN)), {}),
         "rotary": ((zeros(TOKENS, HEADS, ROTATED), angles_TC, angles_TC), {"interleaved": True}),
-        "swiglu": ((zeros(TOKENS, WIDTH), zeros(TOKENS, WIDTH)), {}),
+        "swiglu": ((zeros(TOKENS, WIDTH), zeros(TOKENS, WIDTH)), {"limit": 10.0}),
         "attention": ((zeros(TOKENS, HEADS, LATENT + ROTATED), latents.starts, latents, LATENT), {"scale": 0.1}),
-        "route": ((logits_TE, zeros(EXPERTS, of=torch.float32)), {**routing, "normalise": True, "scale": 1.0}),
-        "experts": (
-            (
-                x_TD,
-                ids_TA,
-                zeros(TOKENS, ACTIVE, of=torch.float32),
-                zeros(EXPERTS, 2 * WIDTH, HIDDEN),
-                zeros(EXPERTS, HIDDEN, WIDTH),
-            ),
-            {},
+        "route": (
+            (logits_TE, zeros(EXPERTS, of=torch.float32)),
+            {**routing, "normalise": True, "scale": 1.0, "given_TA": None},
         ),
+        "experts": ((x_TD, ids_TA, weights_TA, *matrices), {"limit": 10.0}),
+        **_sparse(zeros, rows),
+        **_streams(zeros),
+    }
+
+
+def _sparse(zeros: "Callable[..., torch.Tensor]", rows: "Callable[[int, int], FlatRows]") -> dict[str, Call]:
+    """Decode steps of sequences with `PAST` tokens, of whose entries an indexer chooses some."""
+    import torch
+
+    place = tuple(range(TOKENS + 1)), (PAST,) * TOKENS
+    entries = (PAST + 1) // RATE
+    choosing = zeros(TOKENS, HEADS, WIDTH), zeros(TOKENS, HEADS, of=torch.float32)
+    chosen_TA = torch.arange(CHOSEN, device=choosing[0].device).expand(TOKENS, CHOSEN)
+    attending = rows(entries, LATENT), chosen_TA, rows(SPAN, LATENT), zeros(HEADS, of=torch.float32)
+    settings = {"value_dim": LATENT, "scale": 0.1, "rate": RATE, "span": SPAN}
+    return {
+        "choose_entries": ((*choosing, *place, rows(entries, WIDTH)), {"count": CHOSEN, "rate": RATE}),
+        "sparse_attention": ((zeros(TOKENS, HEADS, LATENT), *place, *attending), settings),
+    }
+
+
+def _streams(zeros: "Callable[..., torch.Tensor]") -> dict[str, Call]:
+    """Residual streams, and the weights that mix them."""
+    import torch
+
+    streams, mixes = zeros(TOKENS, STREAMS, HIDDEN), STREAMS * (2 + STREAMS)
+    shapes = (mixes, STREAMS * HIDDEN), (mixes,), (3,)
+    weights = [zeros(*shape, of=torch.float32) for shape in shapes]
+    post_TM, comb_TMM = (zeros(TOKENS, *shape, of=torch.float32) for shape in ((STREAMS,), (STREAMS, STREAMS)))
+    return {
+        "hyper_collapse": ((streams, *weights), {"norm_eps": 1e-6, "eps": 1e-6, "iterations": 20}),
+        "hyper_expand": ((zeros(TOKENS, HIDDEN), streams, post_TM, comb_TMM), {}),
     }

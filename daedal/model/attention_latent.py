@@ -165,7 +165,8 @@ class Part:
     def select(self, indices: list[int]) -> "tuple[Tensor, Part]":
         """Some of the sequences, and which tokens are theirs."""
         spans = [range(self.starts[index], self.starts[index + 1]) for index in indices]
-        tokens_t = torch.tensor([token for span in spans for token in span], device=self.q_THN.device)
+        tokens = [token for span in spans for token in span]  # none where these sequences bring nothing
+        tokens_t = torch.tensor(tokens, dtype=torch.int64, device=self.q_THN.device)
         starts = tuple(accumulate((len(span) for span in spans), initial=0))
         pasts = tuple(self.pasts[index] for index in indices)
         chosen_tA = None if self.chosen_TA is None else self.chosen_TA[tokens_t]

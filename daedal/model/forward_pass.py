@@ -55,7 +55,8 @@ class ForwardPass:
         return self._groups[rate, kept]
 
     def _find_groups(self, rate: int, kept: int) -> Groups:
-        places, before, first, positions = [], [], [], []
+        none = torch.arange(0)  # a batch may have no sequence
+        places, before, first, positions = [none], [none], [none == 0], [none]
         base = 0
         for past, count in zip(self.batch.pasts, self.batch.counts, strict=True):
             num_old = min(past, kept - 1)

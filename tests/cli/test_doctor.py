@@ -21,6 +21,13 @@ def test_every_op_has_a_sample_that_it_accepts(dtype: torch.dtype) -> None:
         REGISTRY.call(op, *arguments, **keywords)
 
 
+def test_a_decode_step_is_explained_as_it_runs() -> None:
+    """Without gradients, for which some backends would decline; only routing has no second implementation."""
+    choices = doctor.op_choices(torch.device("cpu"), torch.float32)
+    chosen = {choice["op"]: choice["backend"] for choice in choices if choice["chosen"]}
+    assert chosen == dict.fromkeys(REGISTRY.ops, "aten") | {"route": "reference"}
+
+
 def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DAEDAL_CACHE", str(tmp_path / "not yet there"))
     assert app.run(["doctor", "--json"]) == 0

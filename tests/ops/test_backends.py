@@ -21,6 +21,12 @@ def _starts(counts: list[int]) -> tuple[int, ...]:
 
 def _cases() -> Iterator[object]:
     """(op, maker of arguments from a maker of tensors, keyword arguments)."""
+    yield from _row_cases()
+    yield from _attention_cases()
+    yield from _expert_cases()
+
+
+def _row_cases() -> Iterator[object]:
     for tokens, dim in ((1, 48), (5, 33), (0, 16)):
         yield pytest.param(
             "rms_norm", lambda new, t=tokens, d=dim: [new(t, d), new(d), 1e-6], {}, id=f"norm-{tokens}x{dim}"
@@ -31,8 +37,21 @@ def _cases() -> Iterator[object]:
                 return [new(t, d), new(9, d), new(9) if b else None]
 
             yield pytest.param("linear", projection, {}, id=f"linear-{biased}-{tokens}x{dim}")
+        for limit in (None, 0.5):
+            yield pytest.param(
+                "swiglu",
+                lambda new, t=tokens, d=dim: [new(t, d), new(t, d)],
+                {"limit": limit},
+                id=f"swiglu-{limit}-{tokens}x{dim}",
+            )
         yield pytest.param(
-            "swiglu", lambda new, t=tokens, d=dim: [new(t, d), new(t, d)], {}, id=f"swiglu-{tokens}x{dim}"
+            "rms_norm", lambda new, t=tokens, d=dim: [new(t, 3, d), None, 1e-6], {}, id=f"norm-plain-{tokens}x{dim}"
+        )
+        yield pytest.param(
+            "grouped_linear",
+            lambda new, t=tokens, d=dim: [new(t, 3, d), new(3, 5, d)],
+            {},
+            id=f"grouped-{tokens}x{dim}",
         )
     for interleaved in (False, True):
         for tokens, heads, dim in ((1, 3, 8), (7, 2, 6), (0, 2, 4)):
@@ -42,6 +61,9 @@ def _cases() -> Iterator[object]:
                 return [new(t, h, d), angle.cos(), angle.sin()]
 
             yield pytest.param("rotary", rotation, {"interleaved": interleaved}, id=f"rotary-{interleaved}-{tokens}")
+
+
+def _attention_cases() -> Iterator[object]:
     shapes = [
         ([1], [9], 6, 2, 8, 8),
         ([4, 1, 3], [4, 7, 9], 6, 3, 8, 5),
@@ -61,6 +83,9 @@ def _cases() -> Iterator[object]:
 
         yield pytest.param("attention", grouped, {"scale": 0.3}, id=f"attention-{new_tokens}-{lengths}")
         yield pytest.param("attention", shared, {"scale": 0.3}, id=f"attention-latent-{new_tokens}-{lengths}")
+
+
+def _expert_cases() -> Iterator[object]:
     for tokens, dim, width, num_experts, active in (
         (1, 16, 8, 5, 2),
         (9, 24, 12, 4, 4),
@@ -72,7 +97,8 @@ def _cases() -> Iterator[object]:
             ids = torch.rand(t, e, generator=torch.Generator().manual_seed(1)).argsort(-1)[:, :a]
             return [new(t, d), ids, new(t, a), new(e, 2 * f, d), new(e, d, f)]
 
-        yield pytest.param("experts", routed, {}, id=f"experts-{tokens}x{dim}x{width}")
+        for limit in (None, 0.5):
+            yield pytest.param("experts", routed, {"limit": limit}, id=f"experts-{limit}-{tokens}x{dim}x{width}")
 
 
 CASES = list(_cases())
@@ -214,6 +240,39 @@ def test_groups_are_ranked_by_their_best_two_in_v3_and_their_best_in_v2() -> Non
     assert v2.tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("backend", REGISTRY.backends)
+def test_the_limit_cuts_the_gate_above_and_the_other_on_both_sides(backend: str) -> None:
+    """Before they are multiplied, so that the product may be larger than the limit; the gate has no lower limit."""
+    gate, up = torch.tensor([[5.0, 5.0, -9.0, 1.0]]), torch.tensor([[7.0, -7.0, 0.5, 2.5]])
+    cut_gate, cut_up = torch.tensor([[3.0, 3.0, -9.0, 1.0]]), torch.tensor([[3.0, -3.0, 0.5, 2.5]])
+    with ops.using(backend):
+        got = ops.swiglu(gate, up, limit=3.0)
+    torch.testing.assert_close(got, cut_gate * cut_gate.sigmoid() * cut_up)
+    assert got[0, 0] > 3.0
+
+
+@pytest.mark.parametrize("backend", REGISTRY.backends)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_an_expert_named_twice_counts_twice(backend: str, tokens: int) -> None:
+    """As a table of experts by token may do."""
+    x, weights, up, down = torch.randn(tokens, 8), torch.rand(tokens, 2), torch.randn(4, 8, 8), torch.randn(4, 8, 4)
+    twice = torch.full((tokens, 2), 3)
+    with ops.using(backend):
+        got = ops.experts(x, twice, weights, up, down)
+        once = ops.experts(x, twice[:, :1], weights.sum(1, keepdim=True), up, down)
+    torch.testing.assert_close(got, once, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_are_given_are_weighed_by_their_own_scores() -> None:
+    """Ids may come in any order; the bias and the best scores have no say."""
+    logits, given = torch.tensor([[3.0, -30.0, 0.5, 1.0], [0.0, 25.0, 2.0, 0.0]]), torch.tensor([[2, 0], [1, 1]])
+    settings = {"method": "noaux_tc", "num_active": 2, "n_group": 1, "topk_group": 1, "normalise": True, "scale": 1.5}
+    ids, weights = ops.route(logits, torch.full((4,), 9.0), scoring="sqrtsoftplus", given_TA=given, **settings)
+    assert torch.equal(ids, given)
+    scores = torch.log1p(logits.double().exp()).sqrt().gather(1, given)
+    torch.testing.assert_close(weights.double(), 1.5 * scores / scores.sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
 def test_explain_names_the_choice_and_every_reason() -> None:
     choices = {choice.backend: choice for choice in ops.explain("rms_norm", torch.ones(1, 4), torch.ones(4), 1e-6)}
     assert choices["aten"].chosen
@@ -226,7 +285,7 @@ def test_explain_names_the_choice_and_every_reason() -> None:
         torch.ones(2, 6, 7),
         torch.ones(2, 7, 3),
     ]
-    declined = {choice.backend: choice for choice in ops.explain("experts", *odd)}
+    declined = {choice.backend: choice for choice in ops.explain("experts", *odd, limit=None)}
     assert "16 bytes" in declined["aten"].reason
     assert declined[REFERENCE].chosen
 

@@ -4,6 +4,7 @@ Queries go in blocks small enough that a block's scores and gathered rows stay w
 context. All heads share one row per key, so a block is a handful of matrix products.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -50,6 +51,8 @@ def choose_entries(
             for first in range(0, end - start, block):
                 rows = slice(start + first, min(start + first + block, end))
                 num_seen, num_keys = ((pasts[index] + last) // rate for last in (first + 1, rows.stop - start))
+                if num_keys == 0:
+                    continue
                 scores_tS = _scores(wide(q_TIK[rows]), wide(weights_TI[rows]), keys_SK[:num_keys])
                 chosen_TA[rows] = _best(scores_tS, seen_t[first : first + block], num_seen, count, chosen_TA.shape[1])
     return chosen_TA
@@ -112,7 +115,11 @@ def _top(scores_tC: Tensor, count: int) -> Tensor:
     equal_tC = scores_tC == least_t1
     room_t1 = count - above_tC.sum(1, keepdim=True)
     taken_tC = above_tC | (equal_tC & (equal_tC.cumsum(1) <= room_t1))
-    return taken_tC.nonzero()[:, 1].view(-1, count)
+    columns_N = taken_tC.nonzero()[:, 1]
+    if columns_N.shape[0] < scores_tC.shape[0] * count:
+        # NaN, which equals nothing: it counts as the highest, so that the model's logits show it.
+        return _top(scores_tC.nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf), count)
+    return columns_N.view(-1, count)
 
 
 @REGISTRY.register("sparse_attention", BACKEND)
@@ -187,21 +194,26 @@ class _Keys:
         if self._entries is None or (self._past + last) // rate == 0:
             return parts
         seen_t1 = ((positions_t + 1) // rate)[:, None]
-        if self._gathers:
-            assert self._chosen_tA is not None
-            chosen_tA = self._chosen_tA[first:last]
-            parts.append((wide(self._entries.take(self._index, chosen_tA.clamp(min=0))), chosen_tA >= 0))
+        if self._chosen_tA is None:
+            rows_SK = self._rows(last, rate)
+            parts.append((rows_SK, torch.arange(rows_SK.shape[0], device=self._device) < seen_t1))
             return parts
-        assert self._all_SK is not None
-        rows_SK = self._all_SK[: (self._past + last) // rate]
-        seen_tS = torch.arange(rows_SK.shape[0], device=self._device) < seen_t1
-        if self._chosen_tA is not None:
-            named_tS = torch.zeros(last - first, rows_SK.shape[0] + 1, dtype=torch.bool, device=self._device)
-            chosen_tA = self._chosen_tA[first:last]
-            named_tS.scatter_(1, torch.where(chosen_tA < 0, rows_SK.shape[0], chosen_tA), True)
-            seen_tS &= named_tS[:, :-1]
-        parts.append((rows_SK, seen_tS))
+        chosen_tA = self._chosen_tA[first:last]
+        named_tA = (chosen_tA >= 0) & (chosen_tA < seen_t1)
+        if self._gathers:
+            parts.append((wide(self._entries.take(self._index, torch.where(named_tA, chosen_tA, 0))), named_tA))
+            return parts
+        rows_SK = self._rows(last, rate)
+        num_rows = rows_SK.shape[0]
+        seen_tS = torch.zeros(last - first, num_rows + 1, dtype=torch.bool, device=self._device)
+        seen_tS.scatter_(1, torch.where(named_tA, chosen_tA, num_rows), True)
+        parts.append((rows_SK, seen_tS[:, :-1]))
         return parts
+
+    def _rows(self, last: int, rate: int) -> Tensor:
+        """Entries that query last - 1 sees."""
+        assert self._all_SK is not None
+        return self._all_SK[: (self._past + last) // rate]
 
 
 def _attend(q_tHK: Tensor, parts: list[Part], sinks_H: Tensor | None, value_dim: int) -> Tensor:
