@@ -4,14 +4,16 @@
     python benchmarks/long_context.py --contexts 4096 32768 --plot plot.png
 
 The model has every kind of layer (window, CSA, HCA; hash-routed and learned experts) with the published window, rates
-and top-k, and is small elsewhere; its weights are random. One sequence is read in chunks; at each context decode steps
-are timed, then reading goes on. Beside it the same weights in transformers, as far as its prefill stays within
---peer-minutes. What the indexer and the HCA entries must add is predicted from their bytes and multiplications and the
-machine's own ceilings, measured first. Prints a table and one JSON line last; --plot draws both.
+and top-k, and is small elsewhere; its weights are random. For each context one sequence is read in chunks; then decode
+steps of all of them are timed in turn, so that a drifting machine treats them alike. Beside them the same weights in
+transformers, as far as its prefill of one context stays within --peer-minutes. What the indexer and the HCA entries
+must add is predicted from their bytes and multiplications and the machine's own ceilings. Prints a table and one JSON
+line last; --plot draws both.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -21,12 +23,13 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from daedal import shapes
@@ -38,7 +41,7 @@ from daedal.model.batch import RaggedBatch
 from daedal.model.transformer import Transformer, empty, initialise
 
 PAGE = 128
-STEPS = 41  # decode steps timed at each context
+ROUNDS = 101  # each times one decode step at every context
 
 MODEL = {
     "model_type": "deepseek_v4",
@@ -189,55 +192,67 @@ def read_to(side: Reader | Peer, context: int, chunk: int, limit: float, advance
     return time.perf_counter() - start
 
 
-def decode_ms(side: Reader | Peer) -> float:
-    return 1e3 * statistics.median(_time(lambda: side.feed(1)) for _ in range(STEPS))
+def decode_ms(sides: list[Reader | Peer | None]) -> list[float | None]:
+    """The median time of one more token for each side, all asked in turn in every round."""
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(ROUNDS):
+        for side, taken in zip(sides, times, strict=True):
+            if side is not None:
+                taken.append(_time(lambda side=side: side.feed(1)))
+    return [1e3 * statistics.median(taken) if taken else None for taken in times]
 
 
 def measure(options: argparse.Namespace) -> list[Point]:
     config = ModelConfig.from_published(MODEL)
     model = initialise(empty(config), seed=0)
-    bandwidth, rate = ceilings()
     contexts = sorted(options.contexts)
-    reader = Reader(model, contexts[-1] + STEPS * len(contexts) + PAGE, options.chunk)
-    points = []
+    readers, peers, seconds, peer_seconds = [], [], [], []
     with tempfile.TemporaryDirectory() as directory, Progress(console=Console(stderr=True)) as progress:
         save(model, Path(directory))
-        peer: Peer | None = Peer(Path(directory)) if options.peer_minutes > 0 else None
-        first_bytes, first_work = entry_work(config, contexts[0])
         for context in contexts:
-            bar = progress.add_task(f"{context} tokens", total=context, completed=reader.length)
-            seconds = read_to(
-                reader, context, options.chunk, float("inf"), lambda done, bar=bar: progress.update(bar, completed=done)
+            bar = progress.add_task(f"{context} tokens", total=context)
+            readers.append(Reader(model, context + ROUNDS, options.chunk))
+            seconds.append(read_to(readers[-1], context, options.chunk, math.inf, partial(_advance, progress, bar)))
+            reachable = options.peer_minutes > 0 and None not in peer_seconds
+            peer = Peer(Path(directory)) if reachable else None
+            limit = 60 * options.peer_minutes
+            peer_seconds.append(
+                None if peer is None else read_to(peer, context, options.peer_chunk, limit, lambda _: None)
             )
-            assert seconds is not None
-            ms = decode_ms(reader)
-            peer_seconds = peer_ms = None
-            if peer is not None:
-                peer_seconds = read_to(peer, context, options.peer_chunk, 60 * options.peer_minutes, lambda done: None)
-                peer = None if peer_seconds is None else peer
-                peer_ms = None if peer is None else decode_ms(peer)
-            nbytes, work = entry_work(config, context)
-            extra = max((nbytes - first_bytes) / bandwidth, (work - first_work) / rate)
-            points.append(
-                Point(
-                    context=context,
-                    prefill_seconds=seconds,
-                    decode_ms=ms,
-                    predicted_extra_ms=1e3 * extra,
-                    cache_bytes=reader.bytes_used(),
-                    predicted_cache_bytes=predicted_cache_bytes(config, reader.length),
-                    peer_prefill_seconds=peer_seconds,
-                    peer_decode_ms=peer_ms,
-                )
+            peers.append(peer if peer_seconds[-1] is not None else None)
+    bandwidth, rate = ceilings()
+    times = decode_ms([*readers, *peers])
+    first_bytes, first_work = entry_work(config, contexts[0])
+    points = []
+    for index, (context, reader) in enumerate(zip(contexts, readers, strict=True)):
+        nbytes, work = entry_work(config, context)
+        ms, read = times[index], seconds[index]
+        assert ms is not None
+        assert read is not None
+        points.append(
+            Point(
+                context=context,
+                prefill_seconds=read,
+                decode_ms=ms,
+                predicted_extra_ms=1e3 * max((nbytes - first_bytes) / bandwidth, (work - first_work) / rate),
+                cache_bytes=reader.bytes_used(),
+                predicted_cache_bytes=predicted_cache_bytes(config, reader.length),
+                peer_prefill_seconds=peer_seconds[index],
+                peer_decode_ms=times[len(contexts) + index],
             )
+        )
     return points
+
+
+def _advance(progress: Progress, bar: TaskID, done: int) -> None:
+    progress.update(bar, completed=done)
 
 
 def show(points: list[Point]) -> None:
     table = Table(title="A V4-shaped model at long contexts, one sequence, float32")
     for name in (
         "context",
-        "prefill since last, s",
+        "prefill, s",
         "decode, ms",
         "limit, ms",
         "cache, MiB",

@@ -11,7 +11,7 @@ import daedal
 from daedal.cost.count import report
 from daedal.serve.app import build_app
 from daedal.serve.service import Service
-from daedal.text.chat import ChatTemplate
+from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model
 
@@ -63,7 +63,7 @@ def test_serves_a_request(tmp_path: Path, family: str) -> None:
     service = Service(
         engine=daedal.Engine(model, tokenizer=tokenizer),
         tokenizer=tokenizer,
-        chat_template=ChatTemplate.load(directory),
+        chat_format=load_format(directory),
         model_name="tiny",
     )
     body = {

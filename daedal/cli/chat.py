@@ -1,7 +1,7 @@
 """`daedal chat`: a conversation in the terminal. Answers stream; the last line of each says what it cost.
 
-Reads one message a line: from a person, who has /clear and Ctrl-C, or from a pipe, which gets one answer per line and
-nothing else on stdout. Knows nothing of how tokens are made.
+Reads one message a line: from a person, who has /clear and Ctrl-C and sees thoughts dimmed, or from a pipe, which gets
+one answer per line and nothing else on stdout. Knows nothing of how tokens are made.
 """
 
 import re
@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from rich.console import Console
 
+from daedal.cli.drafting import Drafting, DraftTokensOption, SpeculateOption, acceptance
 from daedal.cli.opening import (
     DEFAULT_MODEL,
     CacheOption,
     ContextOption,
     DeviceOption,
     DtypeOption,
+    FormatOption,
     Limits,
     ModelArgument,
     Opened,
@@ -34,7 +36,8 @@ from daedal.errors import DaedalError, RequestError, TemplateError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from daedal.infer.request import Output
+    from daedal.infer.request import Output, SamplingParams
+    from daedal.text.encodings.answers import Delta
 
 # A model's text may hold escape sequences; on a terminal they would be obeyed.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -49,28 +52,43 @@ def command(
     top_p: Annotated[float, typer.Option(help="Share of probability to draw from.")] = 0.9,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer; what the context holds if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats the conversation's draws.")] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Think first; as the chat format has it if not given."),
+    ] = None,
+    effort: Annotated[str | None, typer.Option(help="How hard to think, in the chat format's own words.")] = None,
     cache_gb: CacheOption = None,
     max_context: ContextOption = None,
+    chat_format: FormatOption = None,
+    speculate: SpeculateOption = None,
+    draft_tokens: DraftTokensOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
     limits = Limits(cache_gb=cache_gb, max_context=max_context, max_batch=1)
-    opened = open_model(model, device=device, dtype=dtype, limits=limits)
-    wishes = Wishes(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
+    opened = open_model(model, device=device, dtype=dtype, limits=limits, chat_format=chat_format, drafting=drafting)
+    wishes = Wishes(
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, thinking=thinking, effort=effort
+    )
     conversation = Conversation(opened, wishes, system)
     if sys.stdin.isatty():
         _with_person(conversation)
     else:
         _with_pipe(conversation, sys.stdin)
+    if speculate is not None:
+        say(acceptance(opened.engine.stats()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """How to draw answers; see SamplingParams."""
+    """How to draw answers, see SamplingParams; and how to think, see ChatFormat."""
 
     temperature: float
     top_p: float
     max_tokens: int | None
     seed: int | None
+    thinking: bool | None = None
+    effort: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,54 +107,82 @@ class Cost:
 
 
 class Conversation:
-    """Messages so far, and the engine that answers them."""
+    """Messages so far, and the engine that answers them. TemplateError: the chat format cannot do what is wished."""
 
     def __init__(self, opened: Opened, wishes: Wishes, system: str | None):
-        if opened.template is None:
-            raise TemplateError(opened.without_chat or f"{opened.name} has no chat template: use `daedal serve`")
+        if opened.chat_format is None:
+            raise TemplateError(opened.without_chat or f"{opened.name} has no chat format: use `daedal serve`")
         self._engine = opened.engine
         self._tokenizer = opened.tokenizer
-        self._template = opened.template
+        self._format = opened.chat_format
         self._wishes = wishes
         self._opening = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
         self._answers = 0
+        self._render([*self._messages, {"role": "user", "content": "Hello"}])
 
     def clear(self) -> None:
         """Forgets everything said, but not the system message."""
         self._messages = list(self._opening)
 
-    def answer(self, message: str, write: Callable[[str], object], stopped: Callable[[], bool]) -> Cost:
-        """Answers `message`, handing on text as it comes, until done or `stopped`. RequestError: it does not fit."""
-        from daedal.infer.request import Request, SamplingParams
+    def answer(
+        self,
+        message: str,
+        write: Callable[[str], object],
+        stopped: Callable[[], bool],
+        think: Callable[[str], object] | None = None,
+    ) -> Cost:
+        """Answers `message` until done or `stopped`, handing on the answer's text to `write` and its thought's to
+        `think` as they come. RequestError: it does not fit.
+        """
+        from daedal.infer.request import Request
+        from daedal.text.encodings.answers import gather
 
         asked = [*self._messages, {"role": "user", "content": message}]
-        rendered = self._template.render(asked, add_generation_prompt=True)
+        rendered = self._render(asked)
         prompt = tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         room = self._engine.max_context - len(prompt)
         if room < 1:
             length = f"the conversation has {len(prompt)} tokens, the context is {self._engine.max_context}"
             raise RequestError(f"{length}: say less, or start anew with /clear")
-        params = SamplingParams(
-            max_tokens=room if self._wishes.max_tokens is None else min(room, self._wishes.max_tokens),
-            temperature=self._wishes.temperature,
-            top_p=self._wishes.top_p,
-            seed=self._wishes.seed,
-        )
         self._answers += 1
-        request = Request(id=f"answer-{self._answers}", prompt=prompt, params=params)
-        pieces: list[str] = []
+        request = Request(id=f"answer-{self._answers}", prompt=prompt, params=self._params(room))
+        parser = self._format.parser(rendered, calls=False)
+        said: list[Delta] = []
         began = time.perf_counter()
         tokens = kv_bytes = 0
         self._engine.add(request)
         for output in self._outputs(request.id, stopped):
             tokens += len(output.ids)
             kv_bytes = max(kv_bytes, self._engine.stats().kv_bytes_used)
-            if output.text:
-                pieces.append(output.text)
-                write(output.text)
-        self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+            deltas = parser.push(output.text or "")
+            if output.finish_reason is not None:
+                deltas += parser.finish()
+            for delta in deltas:
+                if delta.content:
+                    write(delta.content)
+                elif think is not None:
+                    think(delta.reasoning)
+            said += deltas
+        answer = gather(said)
+        thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+        self._messages = [*asked, {"role": "assistant", "content": answer.content, **thought}]
         return Cost(tokens=tokens, seconds=time.perf_counter() - began, kv_bytes=kv_bytes, stopped=stopped())
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        wishes = self._wishes
+        return self._format.render(messages, add_generation_prompt=True, thinking=wishes.thinking, effort=wishes.effort)
+
+    def _params(self, room: int) -> "SamplingParams":
+        from daedal.infer.request import SamplingParams
+
+        return SamplingParams(
+            max_tokens=room if self._wishes.max_tokens is None else min(room, self._wishes.max_tokens),
+            temperature=self._wishes.temperature,
+            top_p=self._wishes.top_p,
+            seed=self._wishes.seed,
+            skip_special_tokens=not self._format.shows_special_tokens,
+        )
 
     def _outputs(self, request_id: str, stopped: Callable[[], bool]) -> "Iterator[Output]":
         while self._engine.has_work:
@@ -167,7 +213,8 @@ def _with_person(conversation: Conversation) -> None:
         elif message:
             with interrupt_flag() as interrupted:
                 try:
-                    cost = conversation.answer(message, _write_to_terminal, interrupted)
+                    screen = Screen()
+                    cost = conversation.answer(message, screen.write, interrupted, screen.think)
                 except DaedalError as error:
                     say(str(error))
                     continue
@@ -204,6 +251,23 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write_to_terminal(text: str) -> None:
-    sys.stdout.write(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
-    sys.stdout.flush()
+class Screen:
+    """One answer on a terminal: the thought dimmed, a blank line, the answer."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._thinking = False
+
+    def think(self, text: str) -> None:
+        self._thinking = True
+        self._console.out(_safe(text), style="dim", end="", highlight=False)
+        sys.stdout.flush()
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(("\n\n" if self._thinking else "") + _safe(text))
+        sys.stdout.flush()
+        self._thinking = False
+
+
+def _safe(text: str) -> str:
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

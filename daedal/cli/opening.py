@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daedal import shapes
+from daedal.cli.drafting import Drafting
 from daedal.cli.fetching import resolve_shown
 from daedal.cli.precision import DtypeName, choose_dtype
 from daedal.cost import count
@@ -19,7 +20,7 @@ from daedal.errors import RequestError, TemplateError
 if TYPE_CHECKING:
     from daedal.infer.engine import Engine
     from daedal.model.transformer import Transformer
-    from daedal.text.chat import ChatTemplate
+    from daedal.text.chat import ChatFormat
     from daedal.text.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -31,6 +32,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as
 DtypeOption = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
 CacheOption = Annotated[float | None, typer.Option("--cache-gb", help="Size of the KV cache in GB (10^9 bytes).")]
 ContextOption = Annotated[int | None, typer.Option(help="Longest sequence; the model's own context if not given.")]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(help="A chat format by name, such as deepseek-v4; the one that the checkpoint tells if not given."),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +66,13 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model ready to generate. `template` is None where chat is impossible; `without_chat` then says why."""
+    """A model ready to generate. `chat_format` is None where chat is impossible; `without_chat` then says why."""
 
     name: str
     model: "Transformer"
     engine: "Engine"
     tokenizer: "Tokenizer"
-    template: "ChatTemplate | None"
+    chat_format: "ChatFormat | None"
     without_chat: str | None
 
     @property
@@ -79,11 +84,23 @@ class Opened:
         return count.active_params(self.model.config, shapes.parameters(self.model.config))
 
 
-def open_model(name: str, *, device: str, dtype: DtypeName, limits: Limits) -> Opened:
-    """Fetches (if need be), loads, and builds the engine. A DaedalError says what is wrong with any of it."""
+def open_model(
+    name: str,
+    *,
+    device: str,
+    dtype: DtypeName,
+    limits: Limits,
+    chat_format: str | None = None,
+    drafting: Drafting | None = None,
+) -> Opened:
+    """Fetches (if need be), loads, and builds the engine. A DaedalError says what is wrong with any of it.
+
+    chat_format: the name of one; without it, a checkpoint whose format cannot be told is opened all the same.
+    drafting: who drafts, if anybody.
+    """
     from daedal.checkpoint.load import load, resolve_device
     from daedal.infer.engine import Engine
-    from daedal.text.chat import ChatTemplate
+    from daedal.text.chat import load_format
     from daedal.text.tokenizer import Tokenizer
 
     directory = resolve_shown(name)
@@ -91,12 +108,16 @@ def open_model(name: str, *, device: str, dtype: DtypeName, limits: Limits) -> O
     precision = choose_dtype(dtype, chosen_device)
     say(f"{name} on {chosen_device} in {precision}")
     tokenizer = Tokenizer.load(directory)
-    template, without_chat = None, None
+    format, without_chat = None, None
     try:
-        template = ChatTemplate.load(directory)
+        format = load_format(directory, chat_format=chat_format)
     except TemplateError as error:
+        if chat_format is not None:
+            raise
         without_chat = str(error)
-    model = load(directory, device=chosen_device, dtype=precision.dtype, weights=None)
+    drafting = drafting or Drafting()
+    speculate = drafting.open(device=chosen_device, dtype=precision.dtype)
+    model = load(directory, device=chosen_device, dtype=precision.dtype, mtp=drafting.by_module)
     engine = Engine(
         model,
         tokenizer=tokenizer,
@@ -104,13 +125,14 @@ def open_model(name: str, *, device: str, dtype: DtypeName, limits: Limits) -> O
         max_batch=limits.max_batch,
         max_waiting=limits.max_waiting,
         max_context=limits.max_context,
+        speculate=speculate,
     )
     return Opened(
         name=display_name(name),
         model=model,
         engine=engine,
         tokenizer=tokenizer,
-        template=template,
+        chat_format=format,
         without_chat=without_chat,
     )
 

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from daedal.cli.drafting import Drafting, DraftTokensOption, SpeculateOption
 from daedal.cli.opening import (
     DEFAULT_MODEL,
     CacheOption,
     ContextOption,
     DeviceOption,
     DtypeOption,
+    FormatOption,
     Limits,
     ModelArgument,
     open_model,
@@ -30,16 +32,22 @@ def command(
     dtype: DtypeOption = "auto",
     cache_gb: CacheOption = None,
     max_context: ContextOption = None,
+    chat_format: FormatOption = None,
     max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 16,
     max_waiting: Annotated[int, typer.Option(help="Requests that may queue; more are refused with 429.")] = 256,
+    speculate: SpeculateOption = None,
+    draft_tokens: DraftTokensOption = None,
 ) -> None:
     """Serve a model over HTTP, with a chat page at /."""
     limits = Limits(cache_gb=cache_gb, max_context=max_context, max_batch=max_batch, max_waiting=max_waiting)
+    drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
     from daedal.serve.server import bind, run
     from daedal.serve.service import Service
 
     with bind(host, port) as sock:
-        opened = open_model(model, device=device, dtype=dtype, limits=limits)
+        opened = open_model(
+            model, device=device, dtype=dtype, limits=limits, chat_format=chat_format, drafting=drafting
+        )
         if opened.without_chat is not None:
             say(f"no chat, completions only: {opened.without_chat}")
         engine = opened.engine
@@ -48,7 +56,7 @@ def command(
         service = Service(
             engine=engine,
             tokenizer=opened.tokenizer,
-            chat_template=opened.template,
+            chat_format=opened.chat_format,
             model_name=name or opened.name,
             aliases=frozenset({model}),
             total_params=opened.total_params,

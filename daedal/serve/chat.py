@@ -1,21 +1,27 @@
 """`POST /v1/chat/completions`: a conversation in, the assistant's next turn out, whole or as it comes."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from daedal.infer.request import Output
+from daedal.infer.request import Output, TokenLogprobs
 from daedal.serve.body import read_object
+from daedal.serve.chat_protocol import ChatBody
 from daedal.serve.delivery import EventStream, nobody, unless_gone
 from daedal.serve.errors import ApiError
-from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, usage
+from daedal.serve.generation import Choice, Generation, collect, new_id, usage
 from daedal.serve.limits import admit, room
 from daedal.serve.logprob_rows import chat_rows
-from daedal.serve.protocol import ChatBody, StreamOptions
+from daedal.serve.prompt import write_prompt
+from daedal.serve.protocol import StreamOptions
 from daedal.serve.service import Service
+from daedal.serve.turn import Turn, delta_json, message_json
+from daedal.text.chat import ChatFormat
+from daedal.text.encodings.answers import Delta
 
 
 class ChatEndpoint:
@@ -27,7 +33,9 @@ class ChatEndpoint:
     async def answer(self, request: Request) -> Response:
         body = ChatBody.read(await read_object(request))
         admit(self._service, body)
-        choices = await self._choices(body)
+        format = self._format()
+        choices = await run_in_threadpool(self._choices, body, format)
+        turns = [Turn(format.parser(choice.text, calls=body.looks_for_calls)) for choice in choices]
         head = {
             "id": new_id("chatcmpl"),
             "created": int(time.time()),
@@ -36,68 +44,99 @@ class ChatEndpoint:
         }
         if body.stream:
             generation = await Generation.begin(self._service, str(head["id"]), choices)
-            return EventStream(generation, self._chunks(generation, choices, head, body))
-        answers = await unless_gone(request, collect(self._service, str(head["id"]), choices))
-        if answers is None:
-            return nobody()
-        return JSONResponse(
+            return EventStream(generation, self._chunks(generation, choices, turns, head, body))
+        whole = await unless_gone(request, self._whole(choices, turns, head, body))
+        return nobody() if whole is None else JSONResponse(whole)
+
+    async def _whole(
+        self, choices: list[Choice], turns: list[Turn], head: Mapping[str, object], body: ChatBody
+    ) -> dict[str, object]:
+        said: list[list[Delta]] = [[] for _ in turns]
+
+        def follow(index: int, output: Output) -> None:
+            said[index] += turns[index].take(output)
+
+        answers = await collect(self._service, str(head["id"]), choices, follow)
+        messages = [
             {
-                **head,
-                "object": "chat.completion",
-                "choices": [self._choice(index, answer, body) for index, answer in enumerate(answers)],
-                "usage": usage(len(choices[0].prompt), sum(len(answer.ids) for answer in answers)),
+                "index": index,
+                "message": message_json(deltas),
+                "logprobs": self._logprobs(answer.logprobs) if body.logprobs else None,
+                "finish_reason": turn.finish_reason(answer.finish_reason),
             }
-        )
-
-    async def _choices(self, body: ChatBody) -> list[Choice]:
-        service = self._service
-        if service.chat_template is None:
-            sentence = f"the model {service.model_name!r} has no chat template: use /v1/completions"
-            raise ApiError(400, sentence, param="model", code="no_chat_template")
-        messages = [message.as_template_sees_it() for message in body.messages]
-        prompt = tuple(await run_in_threadpool(service.render, messages, body.chat_template_kwargs or {}))
-        max_tokens = room(service, prompt, body.asked_tokens(), param="messages")
-        return [
-            Choice(
-                prompt=prompt,
-                params=body.sampling(choice=index, max_tokens=max_tokens, logprobs=body.num_logprobs),
-            )
-            for index in range(body.num_choices)
+            for index, (turn, deltas, answer) in enumerate(zip(turns, said, answers, strict=True))
         ]
-
-    def _choice(self, index: int, answer: Answer, body: ChatBody) -> dict[str, object]:
-        rows = chat_rows(self._service.tokenizer, answer.logprobs) if body.logprobs else None
+        num_generated = sum(len(answer.ids) for answer in answers)
         return {
-            "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None if rows is None else {"content": rows, "refusal": None},
-            "finish_reason": answer.finish_reason,
+            **head,
+            "object": "chat.completion",
+            "choices": messages,
+            "usage": _usage(choices, num_generated, turns),
         }
 
+    def _format(self) -> ChatFormat:
+        service = self._service
+        if service.chat_format is None:
+            sentence = (
+                f"the model {service.model_name!r} has no chat format: use /v1/completions, or name a format to the "
+                f"server with --chat-format"
+            )
+            raise ApiError(400, sentence, param="model", code="no_chat_template")
+        return service.chat_format
+
+    def _choices(self, body: ChatBody, format: ChatFormat) -> list[Choice]:
+        text = write_prompt(body, format)
+        prompt = tuple(self._service.tokenizer.encode(text, add_special_tokens=False))
+        max_tokens = room(self._service, prompt, body.asked_tokens(), param="messages")
+        choices = []
+        for index in range(body.num_choices):
+            params = body.sampling(choice=index, max_tokens=max_tokens, logprobs=body.num_logprobs)
+            if format.shows_special_tokens:
+                params = replace(params, skip_special_tokens=False)
+            choices.append(Choice(prompt=prompt, params=params, text=text))
+        return choices
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
+        return {"content": chat_rows(self._service.tokenizer, entries), "refusal": None}
+
     async def _chunks(
-        self, generation: Generation, choices: list[Choice], head: Mapping[str, object], body: ChatBody
+        self,
+        generation: Generation,
+        choices: list[Choice],
+        turns: list[Turn],
+        head: Mapping[str, object],
+        body: ChatBody,
     ) -> AsyncIterator[Mapping[str, object]]:
         options = body.stream_options or StreamOptions()
-        num_prompt = len(choices[0].prompt)
         head = {**head, "object": "chat.completion.chunk"}
         begun: set[int] = set()
         async for index, output in generation:
-            tally = usage(num_prompt, generation.num_generated) if options.continuous_usage_stats else None
+            deltas = [delta_json(delta) for delta in turns[index].take(output)]
+            tally = _usage(choices, generation.num_generated, turns) if options.continuous_usage_stats else None
             if index not in begun:
                 begun.add(index)
-                delta = {"role": "assistant", "content": "", "refusal": None}
-                yield {**head, "choices": [_chunk_choice(index, delta)], "usage": tally}
-            rows = chat_rows(self._service.tokenizer, output.logprobs or ()) if body.logprobs else []
-            if output.text or rows:
-                choice = _chunk_choice(index, {"content": output.text or ""})
-                choice["logprobs"] = {"content": rows, "refusal": None} if rows else None
-                yield {**head, "choices": [choice], "usage": tally}
+                opening = {"role": "assistant", "content": "", "refusal": None, **delta_json(Delta())}
+                yield {**head, "choices": [_chunk_choice(index, opening)], "usage": tally}
+            logprobs = self._logprobs(output.logprobs) if output.logprobs else None
+            if logprobs is not None and not deltas:
+                deltas = [delta_json(Delta())]
+            for delta in deltas:
+                yield {**head, "choices": [_chunk_choice(index, delta, logprobs=logprobs)], "usage": tally}
+                logprobs = None
             if output.finish_reason is not None:
-                yield {**head, "choices": [_chunk_choice(index, {}, output)], "usage": tally}
+                choice = _chunk_choice(
+                    index, delta_json(Delta()), reason=turns[index].finish_reason(output.finish_reason)
+                )
+                yield {**head, "choices": [choice], "usage": tally}
         if options.include_usage:
-            yield {**head, "choices": [], "usage": usage(num_prompt, generation.num_generated)}
+            yield {**head, "choices": [], "usage": _usage(choices, generation.num_generated, turns)}
 
 
-def _chunk_choice(index: int, delta: Mapping[str, object], output: Output | None = None) -> dict[str, object]:
-    reason = None if output is None else output.finish_reason
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+def _chunk_choice(
+    index: int, delta: Mapping[str, object], *, logprobs: object = None, reason: str | None = None
+) -> dict[str, object]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _usage(choices: Sequence[Choice], num_generated: int, turns: Sequence[Turn]) -> dict[str, object]:
+    return usage(len(choices[0].prompt), num_generated, sum(turn.reasoning_tokens for turn in turns))

@@ -53,10 +53,13 @@ class CompletionEndpoint:
     def _choices(self, body: CompletionBody) -> list[Choice]:
         """n choices for the first prompt, then n for the second, and so on."""
         tokenizer = self._service.tokenizer
+        skips = body.skips_special_tokens
         choices: list[Choice] = []
         for given in body.prompt:
             ids = tuple(tokenizer.encode(given)) if isinstance(given, str) else given
-            text = (given if isinstance(given, str) else tokenizer.decode(list(given))) if body.echo else ""
+            text = ""
+            if body.echo:
+                text = given if isinstance(given, str) else tokenizer.decode(given, skip_special_tokens=skips)
             max_tokens = room(self._service, ids, body.asked_tokens(), param="prompt")
             for index in range(body.num_choices):
                 params = body.sampling(
@@ -68,14 +71,17 @@ class CompletionEndpoint:
     def _choice(self, index: int, choice: Choice, answer: Answer, body: CompletionBody) -> dict[str, object]:
         logprobs = None
         if body.logprobs is not None:
-            logprobs = CompletionRows(self._service.tokenizer, len(choice.text)).rows(answer.ids, answer.logprobs)
+            logprobs = self._rows(body, len(choice.text)).rows(answer.ids, answer.logprobs)
             if body.echo:
-                logprobs = joined(self._prompt_rows(choice, answer), logprobs)
+                logprobs = joined(self._prompt_rows(choice, answer, body), logprobs)
         text = choice.text + answer.text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
-    def _prompt_rows(self, choice: Choice, answer: Answer | Output) -> dict[str, list[object]]:
-        return CompletionRows(self._service.tokenizer).rows(choice.prompt, answer.prompt_logprobs or ())
+    def _rows(self, body: CompletionBody, start: int = 0) -> CompletionRows:
+        return CompletionRows(self._service.tokenizer, start, skip_special_tokens=body.skips_special_tokens)
+
+    def _prompt_rows(self, choice: Choice, answer: Answer | Output, body: CompletionBody) -> dict[str, list[object]]:
+        return self._rows(body).rows(choice.prompt, answer.prompt_logprobs or ())
 
     async def _chunks(
         self,
@@ -86,7 +92,7 @@ class CompletionEndpoint:
         body: CompletionBody,
     ) -> AsyncIterator[Mapping[str, object]]:
         options = body.stream_options or StreamOptions()
-        followed = [CompletionRows(self._service.tokenizer, len(choice.text)) for choice in choices]
+        followed = [self._rows(body, len(choice.text)) for choice in choices]
         begun: set[int] = set()
         async for index, output in generation:
             text = output.text or ""
@@ -94,7 +100,7 @@ class CompletionEndpoint:
             if body.echo and index not in begun:
                 text = choices[index].text + text
                 if rows is not None:
-                    rows = joined(self._prompt_rows(choices[index], output), rows)
+                    rows = joined(self._prompt_rows(choices[index], output, body), rows)
             begun.add(index)
             if not text and not (rows and rows["tokens"]) and output.finish_reason is None:
                 continue

@@ -5,7 +5,7 @@ Both endpoints share it. It deals in ids and texts; how a choice looks in JSON i
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from daedal.infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
@@ -97,13 +97,17 @@ class Generation:
             self._metrics.finished(output.finish_reason, now - self._arrived)
 
 
-async def collect(service: Service, request_id: str, choices: Sequence[Choice]) -> list[Answer]:
-    """All answers, in the order of the choices."""
+async def collect(
+    service: Service, request_id: str, choices: Sequence[Choice], follow: Callable[[int, Output], object] | None = None
+) -> list[Answer]:
+    """All answers, in the order of the choices. follow: sees (choice's index, what is new) as it comes."""
     generation = await Generation.begin(service, request_id, choices)
     answers = [Answer() for _ in choices]
     try:
         async for index, output in generation:
             answers[index].extend(output)
+            if follow is not None:
+                follow(index, output)
     finally:
         generation.close()
     return answers
@@ -117,10 +121,11 @@ def _engine_id(request_id: str, index: int) -> str:
     return f"{request_id}-{index}"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
+def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, object]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }

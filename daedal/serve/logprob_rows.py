@@ -33,11 +33,15 @@ def _row(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object]:
 
 
 class CompletionRows:
-    """Follows one choice of a completion; `text_offset` counts characters from the start of the choice's text."""
+    """Follows one choice of a completion; `text_offset` counts characters from the start of the choice's text.
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0):
+    skip_special_tokens: as for the text; where they are part of it, the bytes of their names are theirs.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+        self._shows_special_tokens = not skip_special_tokens
         self._offset = start
 
     def rows(self, ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, list[object]]:
@@ -46,11 +50,16 @@ class CompletionRows:
         table["bytes"] = []
         for token, entry in zip(ids, entries, strict=True):
             table["tokens"].append(self._label(token))
-            table["bytes"].append(list(self._tokenizer.token_bytes(token)))
+            table["bytes"].append(list(self._bytes(token)))
             table["text_offset"].append(self._place(token))
             table["token_logprobs"].append(None if entry is None else max(entry.logprob, LOWEST_LOGPROB))
             table["top_logprobs"].append(None if entry is None else self._top(entry))
         return table
+
+    def _bytes(self, token: int) -> bytes:
+        if self._shows_special_tokens and self._tokenizer.is_special(token):
+            return self._tokenizer.token_text(token).encode()
+        return self._tokenizer.token_bytes(token)
 
     def _place(self, token: int) -> int:
         """Where the token's text begins; for a piece of a character, where the text that is whole so far ends."""

@@ -82,7 +82,22 @@ class _EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens_total),
         ]
+        if stats.num_accepted_at:
+            counters += [
+                ("spec_decode_num_drafts", "How often next tokens were drafted.", stats.num_drafts_total),
+                ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.num_drafted_total),
+                ("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.", stats.num_accepted_total),
+            ]
+            yield _accepted_per_position(stats)
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"daedal:{name}", text, value)
         for name, text, value in counters:
             yield CounterMetricFamily(f"daedal:{name}", text, value)
+
+
+def _accepted_per_position(stats: EngineStats) -> Metric:
+    name = "daedal:spec_decode_num_accepted_tokens_per_pos"
+    family = CounterMetricFamily(name, "Accepted tokens by their place in the draft.", labels=["position"])
+    for position, count in enumerate(stats.num_accepted_at):
+        family.add_metric([str(position)], count)
+    return family

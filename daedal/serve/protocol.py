@@ -1,17 +1,19 @@
 """The bodies of the OpenAI API's requests: which fields there are, of which types, and what they mean to the engine.
 
 Fields that this server does not have are refused where they would change the answer, and logged where they would not.
-Ranges that the engine's own `SamplingParams` checks are not checked again. Knows nothing of HTTP, models or text.
+Ranges that the engine's own `SamplingParams` checks are not checked again. What only chats have is in `chat_protocol`.
+Knows nothing of HTTP, models or text.
 """
 
 import json
 import logging
+import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from daedal.infer.request import MAX_LOGPROBS, SamplingParams
+from daedal.infer.request import SamplingParams
 from daedal.serve.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,10 @@ MAX_CHOICES = 128
 MAX_PROMPTS_TIMES_CHOICES = 512
 MAX_STOPS = 4
 
+_RULE = re.compile(r"^(Input|String) should")
+
 # Fields of the API, and of servers like this one, that would change the answer; with the values that mean "not used".
+# An endpoint may have some of them.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (None, True),
     "allowed_token_ids": (None, []),
@@ -83,25 +88,11 @@ def _bias(value: object) -> dict[int, float]:
     bias: dict[int, float] = {}
     for key, addend in value.items():
         if not (key.isascii() and key.isdigit()) or len(key) > 18:
-            raise ValueError(f"has the key {_shown(key)}: keys must be token ids")
+            raise ValueError(f"has the key {shown(key)}: keys must be token ids")
         if isinstance(addend, bool) or not isinstance(addend, int | float):
-            raise ValueError(f"has {_shown(addend)} for token {key}: it must be a number from -100 to 100")
+            raise ValueError(f"has {shown(addend)} for token {key}: it must be a number from -100 to 100")
         bias[int(key)] = addend
     return bias
-
-
-def _content(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
-    texts: list[str] = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f'has a part of type {_shown(kind)}: only {{"type": "text", "text": "..."}} is supported')
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _prompts(value: object) -> list[str | tuple[int, ...]]:
@@ -138,24 +129,6 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class Message(BaseModel):
-    """One turn of a conversation. Content given as a list of text parts is one text here."""
-
-    model_config = ConfigDict(strict=True)
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_content)] = None
-    name: str | None = None
-    tool_calls: list[dict[str, object]] | None = None
-    tool_call_id: str | None = None
-
-    def as_template_sees_it(self) -> dict[str, object]:
-        """`developer` is the newer name of `system`, which templates know."""
-        fields = self.model_dump(exclude_none=True)
-        if self.role == "developer":
-            fields["role"] = "system"
-        return {"content": "", **fields}
-
-
 class GenerationBody(BaseModel):
     """The fields that both endpoints share; null means the default, as it does in the API."""
 
@@ -175,6 +148,7 @@ class GenerationBody(BaseModel):
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = Field(default_factory=dict)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -186,6 +160,10 @@ class GenerationBody(BaseModel):
     def asked_tokens(self) -> int | None:
         """The bound on the answer that the client gave, if any."""
         return self.max_tokens
+
+    @property
+    def skips_special_tokens(self) -> bool:
+        return _or(self.skip_special_tokens, SamplingParams.skip_special_tokens)
 
     def sampling(self, *, choice: int, max_tokens: int, logprobs: int | None, echo: bool = False) -> SamplingParams:
         """The engine's parameters for one of `n` choices: each draws with a seed of its own."""
@@ -203,6 +181,7 @@ class GenerationBody(BaseModel):
             stop=self.stop,
             stop_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            skip_special_tokens=self.skips_special_tokens,
             logprobs=logprobs,
             prompt_logprobs=logprobs if echo else None,
             logit_bias=self.logit_bias,
@@ -212,13 +191,13 @@ class GenerationBody(BaseModel):
     def read(cls, body: Mapping[str, object]) -> Self:
         """Checks a body's fields; ApiError 400 names the first one at fault."""
         for name, unused in _UNSUPPORTED.items():
-            if name in body and body[name] not in unused:
+            if name in body and name not in cls.model_fields and body[name] not in unused:
                 sentence = f"{name} is not supported by this server: leave it out"
                 raise ApiError(400, sentence, param=name, code="unsupported_parameter")
-        parsed = _validated(cls, body)
+        parsed = validated(cls, body)
         unknown = sorted((parsed.model_extra or {}).keys() - _IGNORED - _UNSUPPORTED.keys())
         if unknown:
-            logger.warning("fields that this server does not know were ignored: %s", _shown(unknown))
+            logger.warning("fields that this server does not know were ignored: %s", shown(unknown))
         if parsed.stream_options is not None and not parsed.stream:
             raise ApiError(400, "stream_options is given without stream: set stream to true", param="stream_options")
         parsed.check()
@@ -226,42 +205,6 @@ class GenerationBody(BaseModel):
 
     def check(self) -> None:
         """Rules that join several fields."""
-
-
-class ChatBody(GenerationBody):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    chat_template_kwargs: dict[str, object] | None = None
-
-    def asked_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def check(self) -> None:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            sentence = "max_tokens and max_completion_tokens are both given and differ: give one of them"
-            raise ApiError(400, sentence, param="max_completion_tokens")
-        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        asked = self.asked_tokens()
-        if asked is not None and asked < 1:
-            raise ApiError(400, f"{name} is {_shown(asked)}: it must be at least 1", param=name)
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, "top_logprobs is given without logprobs: set logprobs to true", param="top_logprobs")
-        for index, message in enumerate(self.messages):
-            if message.content is None and not (message.role == "assistant" and message.tool_calls):
-                param = f"messages.{index}.content"
-                raise ApiError(400, f"{param} is missing: give a text", param=param)
-        taken = {"messages", "add_generation_prompt", "tools"} & (self.chat_template_kwargs or {}).keys()
-        if taken:
-            sentence = f"chat_template_kwargs sets {min(taken)}, which the server sets itself: leave it out"
-            raise ApiError(400, sentence, param="chat_template_kwargs")
 
 
 class CompletionBody(GenerationBody):
@@ -277,7 +220,7 @@ class CompletionBody(GenerationBody):
 
     def check(self) -> None:
         if self.best_of is not None and self.best_of != self.num_choices:
-            sentence = f"best_of is {_shown(self.best_of)}, n is {self.num_choices}: only equal numbers are supported"
+            sentence = f"best_of is {shown(self.best_of)}, n is {self.num_choices}: only equal numbers are supported"
             raise ApiError(400, sentence, param="best_of")
         total = len(self.prompt) * self.num_choices
         if total > MAX_PROMPTS_TIMES_CHOICES:
@@ -287,7 +230,8 @@ class CompletionBody(GenerationBody):
             raise ApiError(400, f"{sentence}: send several requests", param="n" if self.num_choices > 1 else "prompt")
 
 
-def _validated(kind: type[Body], body: Mapping[str, object]) -> Body:
+def validated(kind: type[Body], body: Mapping[str, object]) -> Body:
+    """`body` as this model; ApiError 400 names the first field at fault."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -295,18 +239,23 @@ def _validated(kind: type[Body], body: Mapping[str, object]) -> Body:
     except OverflowError as error:
         raise ApiError(400, f"a number is beyond the range of its field ({error}): give a smaller one") from error
     param = ".".join(str(part) for part in first["loc"] if not _is_type_name(part))
-    raise ApiError(400, f"{param} {_complaint(first['type'], first['msg'], first['input'])}", param=param or None)
+    complaint = _complaint(first["type"], first["msg"], first["input"], first.get("ctx", {}))
+    raise ApiError(400, f"{param} {complaint}", param=param or None)
 
 
-def _complaint(kind: str, message: str, value: object) -> str:
+def _complaint(kind: str, message: str, value: object, bounds: Mapping[str, object]) -> str:
     if kind == "missing":
         return "is missing: give it"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     if kind == "too_short":
         return "is empty: give at least one"
-    rule = "it must be an object" if kind in ("model_type", "dict_type") else message.replace("Input should", "it must")
-    return f"is {_shown(value)}: {rule}"
+    if kind == "too_long":
+        return "has {actual_length} entries, {max_length} are allowed: give fewer".format(**bounds)
+    if kind == "extra_forbidden":
+        return "is not supported by this server: leave it out"
+    rule = "it must be an object" if kind in ("model_type", "dict_type") else _RULE.sub("it must", message)
+    return f"is {shown(value)}: {rule}"
 
 
 def _is_type_name(part: int | str) -> bool:
@@ -314,12 +263,14 @@ def _is_type_name(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as JSON, cut to a length that fits a sentence."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except ValueError:  # an integer of thousands of digits
         return "a number too long to show"
+    except RecursionError:
+        return "a value too deep to show"
     return text if len(text) <= 60 else text[:60] + "…"
 
 

@@ -1,4 +1,4 @@
-"""What a running server has: an engine in its worker, a tokenizer, perhaps a chat template, and counters.
+"""What a running server has: an engine in its worker, a tokenizer, perhaps a chat format, and counters.
 
 It is built from ready objects: who loads models and from where is not its business. Knows nothing of HTTP.
 """
@@ -8,14 +8,13 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
 from daedal.serve.metrics import Metrics
 from daedal.serve.worker import Worker
-from daedal.text.chat import ChatTemplate
+from daedal.text.chat import ChatFormat
 from daedal.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,14 +26,14 @@ STOP_SECONDS = 3.0
 class Service:
     """One model on offer.
 
-    model_name: what clients call it; aliases: other names that they may use, such as its path. chat_template: None for
-    a model that only completes text. total_params and active_params: of the model, for the page; None where unknown.
+    model_name: what clients call it; aliases: other names that they may use, such as its path. chat_format: None for a
+    model that only completes text. total_params and active_params: of the model, for the page; None where unknown.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     model_name: str
-    chat_template: ChatTemplate | None = None
+    chat_format: ChatFormat | None = None
     aliases: frozenset[str] = frozenset()
     total_params: int | None = None
     active_params: int | None = None
@@ -78,19 +77,13 @@ class Service:
         if not self.worker.stop(STOP_SECONDS):
             logger.warning("the engine's last step was not over after %.0f s: it is left behind", STOP_SECONDS)
 
-    def render(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]) -> list[int]:
-        """The prompt's ids for a conversation; raises TemplateError."""
-        assert self.chat_template is not None
-        text = self.chat_template.render(messages, add_generation_prompt=True, **variables)
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
     def snapshot(self) -> dict[str, object]:
         """The numbers that the page shows."""
         stats = self.worker.stats()
         return {
             "model": self.model_name,
             "ready": self.ready,
-            "chat": self.chat_template is not None,
+            "chat": self.chat_format is not None,
             "max_context": self.max_context,
             "total_params": self.total_params,
             "active_params": self.active_params,
@@ -100,4 +93,6 @@ class Service:
             "kv_bytes_total": stats.kv_bytes_total,
             "prompt_tokens_total": stats.prompt_tokens_total,
             "generation_tokens_total": stats.generation_tokens_total,
+            "num_drafted_total": stats.num_drafted_total,
+            "num_accepted_total": stats.num_accepted_total,
         }

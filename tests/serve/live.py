@@ -19,7 +19,7 @@ from daedal.infer.stopping import Ending
 from daedal.serve.app import build_app
 from daedal.serve.server import address_of, bind
 from daedal.serve.service import Service
-from daedal.text.chat import ChatTemplate
+from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 
 MODEL = "tiny"
@@ -57,7 +57,7 @@ def real_service(directory: Path, **engine: int) -> Service:
     return Service(
         engine=Engine(load(directory), tokenizer=tokenizer, **engine),
         tokenizer=tokenizer,
-        chat_template=ChatTemplate.load(directory),
+        chat_format=load_format(directory),
         model_name=MODEL,
         total_params=1000,
         active_params=250,
@@ -75,10 +75,14 @@ class Stats:
     num_preemptions: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
+    num_drafts_total: int = 0
+    num_drafted_total: int = 0
+    num_accepted_total: int = 0
+    num_accepted_at: tuple[int, ...] = ()
 
 
 class ScriptedEngine:
-    """Answers with the ids of a script, one a step, after `before_step`; has the real engine's surface.
+    """Answers with the ids of a script, `ids_per_step` at once, after `before_step`; has the real engine's surface.
 
     cancelled: set when a request was cancelled.
     """
@@ -92,11 +96,13 @@ class ScriptedEngine:
         *,
         before_step: Callable[[], object] = lambda: None,
         max_live: int | None = None,
+        ids_per_step: int = 1,
     ):
         self._tokenizer = tokenizer
         self._script = script
         self._before_step = before_step
         self._max_live = max_live
+        self.ids_per_step = ids_per_step
         self._live: dict[str, tuple[Iterator[int], Ending]] = {}
         self._num_generated = 0
         self.cancelled = threading.Event()
@@ -118,7 +124,7 @@ class ScriptedEngine:
             request.params,
             end_ids=self._tokenizer.eos_ids,
             room=ScriptedEngine.max_context,
-            detokenizer=self._tokenizer.detokenizer(),
+            detokenizer=self._tokenizer.detokenizer(skip_special_tokens=request.params.skip_special_tokens),
         )
         self._live[request.id] = (iter(ids), ending)
 
@@ -130,12 +136,15 @@ class ScriptedEngine:
         self._before_step()
         outputs = []
         for request_id, (ids, ending) in list(self._live.items()):
-            token = next(ids)
-            text, reason = ending.push(token)
-            self._num_generated += 1
-            if reason is not None:
+            output = Output(request_id=request_id, text="")
+            while output.finish_reason is None and len(output.ids) < self.ids_per_step:
+                output.ids.append(next(ids))
+                text, output.finish_reason = ending.push(output.ids[-1])
+                output.text += text
+            self._num_generated += len(output.ids)
+            if output.finish_reason is not None:
                 del self._live[request_id]
-            outputs.append(Output(request_id=request_id, ids=[token], text=text, finish_reason=reason))
+            outputs.append(output)
         return outputs
 
     def stats(self) -> Stats:
@@ -145,11 +154,13 @@ class ScriptedEngine:
         )
 
 
-def scripted_service(directory: Path, engine: ScriptedEngine, *, chat: bool = True) -> Service:
+def scripted_service(
+    directory: Path, engine: ScriptedEngine, *, chat: bool = True, chat_format: str | None = None
+) -> Service:
     return Service(
         engine=engine,
         tokenizer=Tokenizer.load(directory),
-        chat_template=ChatTemplate.load(directory) if chat else None,
+        chat_format=load_format(directory, chat_format=chat_format) if chat else None,
         model_name=MODEL,
         total_params=671_000_000_000,
         active_params=37_000_000_000,

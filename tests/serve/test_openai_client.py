@@ -175,6 +175,31 @@ def test_logit_bias_and_penalties_reach_the_engine(server: str) -> None:
         assert post(server, "completions", **asked, **more)["choices"][0]["text"] != plain, more
 
 
+def test_special_tokens_are_text_where_that_is_asked_for(client: openai.OpenAI, server: str) -> None:
+    """Padding, which the model is made to write, in the prompt and in the answer."""
+    name = "<|pad|>"
+    asked = {"prompt": [43, 2, 86], "max_tokens": 3, "logit_bias": {"2": 100}, "echo": True, "logprobs": 0, "seed": 1}
+    hidden = post(server, "completions", **asked)["choices"][0]
+    visible = post(server, "completions", **asked, skip_special_tokens=False)["choices"][0]
+    before, after = hidden["text"]
+    assert visible["text"] == before + name + after + 3 * name
+    for choice in (hidden, visible):
+        rows = choice["logprobs"]
+        assert bytes(byte for row in rows["bytes"] for byte in row).decode() == choice["text"]
+        assert rows["tokens"] == [before, name, after, *[name] * 3]
+    assert visible["logprobs"]["text_offset"] == [0, 1, 8, 9, 16, 23]
+    assert hidden["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 2]
+    more = {"extra_body": {"skip_special_tokens": False}}
+    pieces = client.completions.create(model=MODEL, stream=True, **asked, **more)
+    assert "".join(piece.choices[0].text for piece in pieces) == visible["text"]
+    answer = post(server, "completions", **{**asked, "echo": False}, skip_special_tokens=False, stop=[f"{name}<|p"])
+    assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == ("", 2)
+    chat = {"messages": ASK, "max_tokens": 2, "logit_bias": {"2": 100}}
+    assert post(server, "chat/completions", **chat)["choices"][0]["message"]["content"] == ""
+    shown = post(server, "chat/completions", **chat, skip_special_tokens=False)
+    assert shown["choices"][0]["message"]["content"] == 2 * name
+
+
 def test_many_clients_at_once_get_what_each_gets_alone(server: str) -> None:
     asked = [{"prompt": f"It is {number}", "max_tokens": 10, "seed": number} for number in range(12)]
     alone = [post(server, "completions", **body)["choices"][0]["text"] for body in asked]

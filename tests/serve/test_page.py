@@ -14,7 +14,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from daedal.infer.request import Request
+from daedal.text.encodings.formats import FORMATS
+from daedal.text.encodings.tokens import DSML, THINK_END
 from daedal.text.tokenizer import Tokenizer
+from tests.serve.deepseek import deepseek_checkpoint, talking
 from tests.serve.live import ScriptedEngine, scripted_service, serving
 
 FLAGS = """
@@ -193,6 +196,60 @@ def test_stop_new_chat_and_errors(browser: webdriver.Chrome, address: str) -> No
     assert browser.find_element(By.ID, "input").get_property("value") == "Hello?"
     assert browser.find_elements(By.CLASS_NAME, "turn") == []
     assert outside_and_errors(browser, address) == ([], [])
+
+
+def test_a_thought_is_folded_above_its_answer_and_calls_stand_below(
+    browser: webdriver.Chrome, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    goes_on, waits = threading.Event(), threading.Event()
+    call = (
+        f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="look_up">\n<{DSML}parameter name="place" string="true"><b>Bern'
+        f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>"
+    )
+    thought, said = "First <i>this</i>,\nthen 真的.", "**Here** it is."
+
+    def before_step() -> None:
+        if waits.is_set() and talk.engine.stats().generation_tokens_total >= len(thought) // 2:
+            assert goes_on.wait(60)
+
+    directory = deepseek_checkpoint(tmp_path_factory.mktemp("page"), "deepseek-v4")
+    with talking(directory, "deepseek-v4", before_step) as talk:
+        talk.said.texts = [f"{thought}{THINK_END}{said}{call}"]
+        address = talk.address.removesuffix("/")
+        as_seen(browser, width=1180, height=820, scheme="light")
+        browser.get(address)
+        until(browser, lambda _: text_of(browser, "#model") == "tiny")
+        waits.set()
+        say(browser, "Where?")
+        until(browser, lambda _: text_of(browser, ".thought-text").startswith("First"))
+        details = browser.find_element(By.CSS_SELECTOR, ".turn.assistant details.thought")
+        assert details.get_property("open")
+        assert browser.find_elements(By.CLASS_NAME, "said") == []
+        browser.save_screenshot(str(tmp_path / "thinking.png"))
+        goes_on.set()
+        until(browser, answered)
+        assert not details.get_property("open")
+        assert text_of(browser, ".thought-text") == thought
+        assert text_of(browser, ".said") == "Here it is."
+        assert text_of(browser, ".said strong") == "Here"
+        assert text_of(browser, ".calls > pre > code") == 'look_up({"place": "<b>Bern"})'
+        assert browser.execute_script(
+            "return [...document.querySelector('.turn.assistant').children].map((part) => part.className)"
+        ) == ["thought", "said", "calls"]
+        details.find_element(By.TAG_NAME, "summary").click()
+        assert details.get_property("open")
+        browser.save_screenshot(str(tmp_path / "called.png"))
+        talk.said.texts = [f"again{THINK_END}"]
+        say(browser, "And?")
+        until(browser, lambda _: text_of(browser, ".turn:last-child .note") == "The model gave an empty answer.")
+        assert browser.find_elements(By.CSS_SELECTOR, ".turn:last-child details[open]") != []
+        asked = [
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": said, "reasoning_content": thought},
+            {"role": "user", "content": "And?"},
+        ]
+        assert talk.said.prompts[-1] == FORMATS["deepseek-v4"].render(asked)
+        assert outside_and_errors(browser, address) == ([], [])
 
 
 RENDERED = {

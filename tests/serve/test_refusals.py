@@ -254,7 +254,7 @@ def test_before_it_is_warm_the_server_refuses_with_503(checkpoint: Path) -> None
 
 def test_a_model_without_a_chat_template_completes_but_does_not_chat(tmp_path: Path) -> None:
     service = real_service(tiny_checkpoint(tmp_path, "deepseek_v3"))
-    service.chat_template = None
+    service.chat_format = None
     with serving(service) as address, httpx.Client(base_url=f"{address}/v1/") as http:
         refused(http.post(CHAT, json={"messages": HELLO}), 400, code="no_chat_template")
         assert http.post(COMPLETE, json={"prompt": "hi"}).status_code == 200

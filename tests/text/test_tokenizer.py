@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from daedal.errors import CheckpointError, RequestError
+from daedal.text.encodings.tokens import BAR
 from daedal.text.tokenizer import Tokenizer
 
 CORPUS = [
@@ -75,8 +76,8 @@ def wrap(library: tokenizers.Tokenizer) -> Tokenizer:
     return Tokenizer(library, decoder=json.loads(library.to_str())["decoder"])
 
 
-def pushed(tokenizer: Tokenizer, ids: list[int]) -> str:
-    detokenizer = tokenizer.detokenizer()
+def pushed(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
     return "".join([detokenizer.push(id) for id in ids]) + detokenizer.finish()
 
 
@@ -103,23 +104,33 @@ def test_bytes_outside_a_sentencepiece_vocabulary_come_back(text: str) -> None:
         assert b"".join(BYTE_FALLBACK.token_bytes(id) for id in ids).decode().removeprefix(" ") == text
 
 
+def with_special(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    names = (f"<{BAR}end▁of▁text{BAR}>", "[END]")
+    library.add_special_tokens([AddedToken(name, special=True) for name in names])
+    return library
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["hidden", "visible"])
 @pytest.mark.parametrize("build", [byte_level, metaspace, word_level, word_piece])
 @given(data=st.data())
 def test_any_ids_decode_as_the_library_decodes_them(
-    build: Callable[[], tokenizers.Tokenizer], data: st.DataObject
+    build: Callable[[], tokenizers.Tokenizer], skip: bool, data: st.DataObject
 ) -> None:
-    library = build()
+    library = with_special(build())
     tokenizer = wrap(library)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=12))
-    expected = library.decode(ids, skip_special_tokens=True)
-    assert tokenizer.decode(ids) == expected
-    assert pushed(tokenizer, ids) == expected
+    expected = library.decode(ids, skip_special_tokens=skip)
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == expected
+    assert pushed(tokenizer, ids, skip_special_tokens=skip) == expected
 
 
-def test_sentencepiece_ids_decode_as_the_library_decodes_them_where_bytes_are_valid() -> None:
+@pytest.mark.parametrize("skip", [True, False], ids=["hidden", "visible"])
+def test_sentencepiece_ids_decode_as_the_library_decodes_them_where_bytes_are_valid(skip: bool) -> None:
     library = byte_fallback()
     for ids in ([3 + 0xE2, 3 + 0x82, 3 + 0xAC, 262, 1, 261], [259, 259, 262], [3 + 0x20, 260], [2, 259, 260]):
-        assert pushed(BYTE_FALLBACK, ids) == BYTE_FALLBACK.decode(ids) == library.decode(ids, skip_special_tokens=True)
+        decoded = BYTE_FALLBACK.decode(ids, skip_special_tokens=skip)
+        assert decoded == library.decode(ids, skip_special_tokens=skip)
+        assert pushed(BYTE_FALLBACK, ids, skip_special_tokens=skip) == decoded
 
 
 def test_an_unfinished_character_waits_and_only_invalid_bytes_are_replaced() -> None:
@@ -133,6 +144,9 @@ def test_an_unfinished_character_waits_and_only_invalid_bytes_are_replaced() -> 
 def test_special_and_unknown_ids_have_no_text_but_special_ones_a_name() -> None:
     eos = BYTE_LEVEL.encode("</s>", add_special_tokens=False)
     assert len(eos) == 1
+    half = BYTE_LEVEL.encode("é", add_special_tokens=False)[:1]
+    visible = BYTE_LEVEL.detokenizer(skip_special_tokens=False)
+    assert [visible.push(id) for id in (*eos, *half, *eos)] == ["</s>", "", "\N{REPLACEMENT CHARACTER}</s>"]
     assert (BYTE_LEVEL.token_bytes(eos[0]), BYTE_LEVEL.token_text(eos[0])) == (b"", "</s>")
     for unknown in (BYTE_LEVEL.vocab_size, 10**9, -1):
         assert (BYTE_LEVEL.token_bytes(unknown), BYTE_LEVEL.token_text(unknown)) == (b"", "")

@@ -14,7 +14,7 @@ const scroller = byId("scroller");
 const conversation = byId("conversation");
 const input = byId("input");
 
-let messages = []; // {role, content}, as the API takes them
+let messages = []; // {role, content, reasoning_content}, as the API takes them
 let running = null; // the AbortController of the answer under way
 let canChat = true;
 
@@ -37,15 +37,15 @@ async function send(text) {
   }
   if (running !== controller) return; // a new chat was begun meanwhile
   answer.finish(controller.signal.aborted);
-  if (answer.text || controller.signal.aborted) {
-    messages = [...asked, { role: "assistant", content: answer.text }];
+  if (answer.began || controller.signal.aborted) {
+    messages = [...asked, answer.message()];
   } else if (problem) {
     turn.remove();
     answer.element.remove();
     input.value = text;
     byId("welcome").hidden = messages.length > 0;
   } else {
-    messages = [...asked, { role: "assistant", content: "" }];
+    messages = [...asked, answer.message()];
   }
   showError(problem);
   setRunning(null);
@@ -54,6 +54,7 @@ async function send(text) {
 async function receive(asked, signal, answer) {
   const body = {
     messages: asked,
+    tool_choice: "auto", // a call is shown as one, although the page offers no tools
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
     ...SAMPLING,
@@ -105,10 +106,14 @@ async function* events(stream) {
   }
 }
 
+// One answer: above it its thought, folded once the answer itself begins, and below it the tools that it calls.
 class Answer {
   constructor(element) {
     this.element = element;
     this.text = "";
+    this.thought = "";
+    this.calls = []; // {name, arguments}
+    this.parts = {}; // elements by name, made when first needed
     this.firstAt = 0;
     this.firstCount = 0;
     this.framed = false;
@@ -118,12 +123,27 @@ class Answer {
   take(chunk) {
     const count = chunk.usage?.completion_tokens ?? 0;
     if (count) this.measure(count);
-    const piece = chunk.choices[0]?.delta.content;
-    if (!piece) return;
-    this.text += piece;
+    const delta = chunk.choices[0]?.delta;
+    if (!delta?.content && !delta?.reasoning_content && !delta?.tool_calls) return;
+    this.thought += delta.reasoning_content ?? "";
+    this.text += delta.content ?? "";
+    for (const { index, function: piece } of delta.tool_calls ?? []) {
+      this.calls[index] ??= { name: piece.name, arguments: "" };
+      this.calls[index].arguments += piece.arguments;
+    }
     if (this.framed) return;
     this.framed = true;
     requestAnimationFrame(() => this.draw());
+  }
+
+  get began() {
+    return Boolean(this.text || this.thought || this.calls.length);
+  }
+
+  // Calls are only shown: there is nobody here to answer them, so they are no part of the conversation.
+  message() {
+    const thought = this.thought ? { reasoning_content: this.thought } : {};
+    return { role: "assistant", content: this.text, ...thought };
   }
 
   // Tokens per second since the first one: the prompt's time is not the answer's speed.
@@ -144,23 +164,62 @@ class Answer {
     const follow = atEnd();
     this.element.classList.remove("waiting");
     this.element.classList.add("growing");
-    this.element.replaceChildren(render(this.text));
+    this.show();
     if (follow) scrollToEnd();
+  }
+
+  show() {
+    if (this.thought) this.part("thought", makeThought).lastChild.textContent = this.thought;
+    if (this.text || this.calls.length) this.fold();
+    if (this.text) this.part("said", () => make("div", "said")).replaceChildren(render(this.text));
+    if (this.calls.length) this.part("calls", () => make("div", "calls")).replaceChildren(...this.calls.map(showCall));
+  }
+
+  // Once, so that a reader may open the thought again.
+  fold() {
+    if (this.parts.thought && !this.folded) this.parts.thought.open = false;
+    this.folded = true;
+  }
+
+  part(name, build) {
+    if (!this.parts[name]) {
+      this.parts[name] = build();
+      this.element.append(this.parts[name]);
+    }
+    return this.parts[name];
   }
 
   finish(stopped) {
     const follow = atEnd();
     this.element.classList.remove("waiting", "growing");
-    this.element.replaceChildren(render(this.text));
+    this.show();
     if (stopped) this.element.append(note("Stopped."));
-    else if (!this.text.trim()) this.element.append(note("The model gave an empty answer."));
+    else if (!this.text.trim() && !this.calls.length) this.element.append(note("The model gave an empty answer."));
     if (follow) scrollToEnd();
   }
 }
 
+function makeThought() {
+  const element = make("details", "thought");
+  element.open = true;
+  element.append(make("summary", "", "Thought"), make("div", "thought-text"));
+  return element;
+}
+
+function showCall({ name, arguments: text }) {
+  const element = make("pre", "call");
+  element.tabIndex = 0; // so that the keyboard can scroll it
+  element.append(make("code", "", `${name}(${text})`));
+  return element;
+}
+
 function note(text) {
-  const element = document.createElement("p");
-  element.className = "note";
+  return make("p", "note", text);
+}
+
+function make(tag, className, text = "") {
+  const element = document.createElement(tag);
+  element.className = className;
   element.textContent = text;
   return element;
 }

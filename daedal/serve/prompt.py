@@ -1,0 +1,121 @@
+"""From a chat request to the text that the model continues, as the checkpoint's chat format writes it.
+
+Several fields of a request may say whether the answer is to think: they must agree. What the format refuses is laid to
+the field that brought it. Knows nothing of engines and answers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from daedal.errors import TemplateError
+from daedal.serve.chat_protocol import ChatBody, Message
+from daedal.serve.errors import ApiError
+from daedal.serve.protocol import shown
+from daedal.text.chat import ChatFormat
+from daedal.text.encodings.formats import DeepSeekFormat
+
+# The API's levels by those that formats have: the first of these, where the level itself is not one.
+_NEAREST = {"minimal": ("low", "high"), "low": ("high",), "medium": ("high",), "xhigh": ("high",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wishes:
+    """What the format is told beside the messages. thinking_param: the field that decided on thinking."""
+
+    thinking: bool | None = None
+    effort: str | None = None
+    variables: Mapping[str, object] = field(default_factory=dict)
+    tools: list[dict[str, object]] | None = None
+    thinking_param: str = "thinking"
+
+
+def write_prompt(body: ChatBody, format: ChatFormat) -> str:
+    """The prompt's text; ApiError 400 names the field that contradicts another or has no place in the format."""
+    messages = [_as_format_reads(message, format) for message in body.messages]
+    wishes = _wishes(body, format)
+    try:
+        return _render(format, messages, wishes)
+    except TemplateError as error:
+        raise ApiError(400, str(error), param=_at_fault(format, messages, wishes)) from error
+
+
+def _as_format_reads(message: Message, format: ChatFormat) -> dict[str, object]:
+    """A DeepSeek format takes messages as they are. Templates know `developer` as `system`, and text as one string."""
+    fields = message.fields_beside_content()
+    content = message.content or ""
+    if not isinstance(format, DeepSeekFormat):
+        role = "system" if message.role == "developer" else message.role
+        return {**fields, "role": role, "content": "".join(content)}
+    parts = content if isinstance(content, str) else [{"type": "text", "text": text} for text in content]
+    return {**fields, "content": parts}
+
+
+def _wishes(body: ChatBody, format: ChatFormat) -> _Wishes:
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None and variables.get("reasoning_effort") is not None:
+        sentence = "reasoning_effort stands in chat_template_kwargs too: give one of them"
+        raise ApiError(400, sentence, param="reasoning_effort")
+    said = [
+        ("thinking", None if body.thinking is None else body.thinking.type == "enabled"),
+        ("chat_template_kwargs", _flag(variables, "thinking")),
+        ("chat_template_kwargs", _flag(variables, "enable_thinking")),
+        ("reasoning_effort", False if body.reasoning_effort == "none" else None),
+    ]
+    chosen = [(param, value) for param, value in said if value is not None]
+    if len({value for _, value in chosen}) > 1:
+        params = " and ".join(dict.fromkeys(param for param, _ in chosen))
+        raise ApiError(400, f"{params} contradict each other on thinking: give one of them", param=chosen[-1][0])
+    param, thinking = chosen[0] if chosen else ("thinking", None)
+    return _Wishes(
+        thinking=thinking,
+        effort=_effort(body.reasoning_effort, format),
+        variables=variables,
+        tools=body.shown_tools(),
+        thinking_param=param,
+    )
+
+
+def _flag(variables: dict[str, object], name: str) -> bool | None:
+    value = variables.pop(name, None)
+    if not isinstance(value, bool | None):
+        sentence = f"chat_template_kwargs sets {name} to {shown(value)}: it must be true or false"
+        raise ApiError(400, sentence, param="chat_template_kwargs")
+    return value
+
+
+def _effort(level: str | None, format: ChatFormat) -> str | None:
+    """The level that the format has for what was asked; a template is told what was asked."""
+    if level is None or level == "none":
+        return None
+    known = format.efforts if isinstance(format, DeepSeekFormat) else None
+    fitting = [name for name in (level, *_NEAREST.get(level, ())) if name in (known or ())]
+    return fitting[0] if fitting else level
+
+
+def _render(format: ChatFormat, messages: list[dict[str, object]], wishes: _Wishes) -> str:
+    return format.render(
+        messages,
+        add_generation_prompt=True,
+        tools=wishes.tools,
+        thinking=wishes.thinking,
+        effort=wishes.effort,
+        **wishes.variables,
+    )
+
+
+def _at_fault(format: ChatFormat, messages: list[dict[str, object]], wishes: _Wishes) -> str:
+    """The field with which a refusal begins, when they are taken one by one."""
+    told = _Wishes()
+    params = {
+        "thinking": wishes.thinking_param,
+        "effort": "reasoning_effort",
+        "variables": "chat_template_kwargs",
+        "tools": "tools",
+    }
+    for name, param in (("", "messages"), *params.items()):
+        told = replace(told, **{name: getattr(wishes, name)}) if name else told
+        try:
+            _render(format, messages, told)
+        except TemplateError:
+            return param
+    return "messages"

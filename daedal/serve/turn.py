@@ -1,0 +1,71 @@
+"""One choice of a chat while it grows: the engine's outputs in, pieces of the assistant's message out, and their JSON.
+
+What is a thought and what a tool call, the format's parser says. Reasoning tokens are the ids up to the last one that
+brought out text of the thought, so neither an empty thought nor its closing tag counts. Knows nothing of HTTP.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from daedal.infer.request import Output
+from daedal.text.encodings.answers import Delta, ToolCallDelta, gather
+from daedal.text.encodings.stream import StreamParser
+
+
+class Turn:
+    """Follows one choice. parser: of this choice alone."""
+
+    def __init__(self, parser: StreamParser):
+        self._parser = parser
+        self._num_ids = 0
+        self._calls_tools = False
+        self.reasoning_tokens = 0
+
+    def take(self, output: Output) -> list[Delta]:
+        """What the message has gained; with the last output, what was held back too."""
+        deltas = self._parser.push(output.text or "")
+        if output.finish_reason is not None:
+            deltas += self._parser.finish()
+        self._num_ids += len(output.ids)
+        if any(delta.reasoning for delta in deltas):
+            self.reasoning_tokens = self._num_ids
+        self._calls_tools = self._calls_tools or any(delta.tool_calls for delta in deltas)
+        return deltas
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The API's word for why the engine ended this choice, None while it goes on."""
+        return "tool_calls" if reason == "stop" and self._calls_tools else reason
+
+
+def message_json(deltas: Iterable[Delta]) -> dict[str, object]:
+    """The whole message; its content is null where tool calls are all there is."""
+    answer = gather(deltas)
+    content = None if answer.tool_calls and not answer.content else answer.content
+    message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
+    message["reasoning_content"] = answer.reasoning or None
+    if answer.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.tool_calls
+        ]
+    return message
+
+
+def delta_json(delta: Delta) -> dict[str, object]:
+    """A piece of it. `reasoning_content` is always there, as clients of DeepSeek's API read it unasked."""
+    fields: dict[str, object] = {"reasoning_content": delta.reasoning or None}
+    if delta.content:
+        fields["content"] = delta.content
+    if delta.tool_calls:
+        fields["tool_calls"] = _calls_json(delta.tool_calls)
+    return fields
+
+
+def _calls_json(calls: Sequence[ToolCallDelta]) -> list[dict[str, object]]:
+    pieces = []
+    for call in calls:
+        piece: dict[str, object] = {"index": call.index, "function": {"arguments": call.arguments}}
+        if call.id is not None:
+            named = {"name": call.name, "arguments": call.arguments}
+            piece = {"index": call.index, "id": call.id, "type": "function", "function": named}
+        pieces.append(piece)
+    return pieces
