@@ -77,7 +77,7 @@ class Opened:
 
     @property
     def total_params(self) -> int:
-        return sum(slot.numel for slot in shapes.parameters(self.model.config))
+        return sum(slot.numel for slot in shapes.parameters(self.model.config) if slot.role != "hash_table")
 
     @property
     def active_params(self) -> int:
