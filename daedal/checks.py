@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from daedal.config import ModelConfig
 
 _LARGEST = 2**31 - 1
+_MOST_ITERATIONS = 1000  # of Sinkhorn; published models have 20
+_MOST_DRAFTING = 100  # modules; published models have 1
 _LONGEST_PAGE = 4096  # tokens; a page covers a whole number of compressed entries of every kind
 _SIZES = (
     "vocab_size",
@@ -43,11 +45,11 @@ def check(config: "ModelConfig") -> None:
         _check_quantization(config.quantization_config)
 
 
-def _in_range(config: "ModelConfig", low: int, *names: str) -> None:
+def _in_range(config: "ModelConfig", low: int, *names: str, high: int = _LARGEST) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is None or not low <= value <= _LARGEST:
-            raise ConfigError(f"`{name}` is {value}: it must be a whole number from {low} to {_LARGEST}")
+        if value is None or not low <= value <= high:
+            raise ConfigError(f"`{name}` is {value}: it must be a whole number from {low} to {high}")
 
 
 def _one_of(config: "ModelConfig", name: str, *allowed: str) -> None:
@@ -61,6 +63,7 @@ def check_sizes(config: "ModelConfig") -> None:
     if config.model_type not in FAMILIES:
         raise ConfigError(f"model_type is {config.model_type!r}: it must be one of {', '.join(FAMILIES)}")
     _in_range(config, 1, *_SIZES)
+    _in_range(config, 0, "num_nextn_predict_layers", high=_MOST_DRAFTING)
     if config.num_hidden_layers > 10_000:
         raise ConfigError(f"`num_hidden_layers` is {config.num_hidden_layers}: the most that Daedal builds is 10000")
     if config.model_type in DENSE_FAMILIES and config.num_attention_heads % config.num_key_value_heads:
@@ -125,7 +128,7 @@ def _check_index(config: "ModelConfig") -> None:
 
 def _check_compressed(config: "ModelConfig") -> None:
     _in_range(config, 1, "qk_rope_head_dim", "sliding_window", "o_groups", "o_lora_rank", "hc_mult")
-    _in_range(config, 1, "hc_sinkhorn_iters")
+    _in_range(config, 1, "hc_sinkhorn_iters", high=_MOST_ITERATIONS)
     assert config.o_groups is not None
     if config.num_key_value_heads != 1:
         raise ConfigError(f"`num_key_value_heads` is {config.num_key_value_heads}: V4 has 1, shared by all heads")

@@ -76,8 +76,8 @@ def fold(folded: dict[str, Any]) -> dict[str, Any]:
     quantization = folded.get("quantization_config")
     if folded.get("expert_dtype") is None and isinstance(quantization, Mapping):
         folded["expert_dtype"] = quantization.get("expert_dtype")
-    for name in ("n_group", "topk_group"):
-        folded[name] = folded.get(name) or 1
+    # Left over from V3 in some files: V4's readers know no groups and always normalise.
+    folded |= {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}
     folded["n_shared_experts"] = folded.get("n_shared_experts") or 0
     return folded
 
@@ -124,7 +124,7 @@ def _layer_types(folded: Mapping[str, Any], count: int) -> list[Any]:
     if given is not None:
         return list(given) if isinstance(given, list | tuple) else given
     if ratios is None:
-        return [HEAVY if layer < 2 or layer % 2 else SPARSE for layer in range(count)]
+        return [SPARSE if layer > 2 and layer % 2 else HEAVY for layer in range(count)]
     if not isinstance(ratios, list | tuple) or len(ratios) < count:
         raise ConfigError(f"`compress_ratios` is {ratios!r}: give one ratio for each of {count} layers")
     for ratio in ratios[:count]:
@@ -143,11 +143,15 @@ def _mlp_layer_types(folded: Mapping[str, Any], count: int) -> list[Any]:
 
 def _rope_dim(folded: Mapping[str, Any]) -> int | None:
     given, part, head = (folded.get(name) for name in ("qk_rope_head_dim", "partial_rotary_factor", "head_dim"))
-    if given is not None:
-        return int(number("qk_rope_head_dim", given, int))
-    if part is not None and isinstance(head, int):
-        return int(number("partial_rotary_factor", part, float) * head)
-    return 64
+    if part is None or not isinstance(head, int):
+        return 64 if given is None else int(number("qk_rope_head_dim", given, int))
+    share = number("partial_rotary_factor", part, float) * head
+    if not abs(share) <= head:
+        raise ConfigError(f"`partial_rotary_factor` is {part}: it must be from 0 to 1")
+    if given is not None and abs(number("qk_rope_head_dim", given, int) - share) >= 1:
+        message = f"`qk_rope_head_dim` is {given}, `partial_rotary_factor` {part} of {head}"
+        raise ConfigError(f"{message}: they contradict each other, keep one")
+    return int(share) if given is None else int(given)
 
 
 def _ropes(folded: Mapping[str, Any]) -> tuple[RopeParameters, RopeParameters]:

@@ -1,6 +1,7 @@
 """Configurations: legacy spellings, round trips, and one clear sentence for each bad field."""
 
 import pytest
+import transformers
 
 from daedal import shapes
 from daedal.config import ModelConfig
@@ -159,3 +160,33 @@ def test_other_refusals() -> None:
     del published["hidden_size"]
     with pytest.raises(ConfigError, match="`hidden_size` is missing"):
         ModelConfig.from_published(published)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hc_sinkhorn_iters", 10**6), ("num_nextn_predict_layers", 10**9), ("num_nextn_predict_layers", -1)],
+)
+def test_counts_that_would_keep_a_reader_busy_for_ever_are_refused(field: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"`{field}` is {value}: it must be a whole number from"):
+        tiny_config("deepseek_v4", **{field: value})
+
+
+def test_v4_ignores_what_its_readers_ignore() -> None:
+    left_over = tiny_config("deepseek_v4", n_group=4, topk_group=2, norm_topk_prob=False)
+    assert left_over == tiny_config("deepseek_v4")
+
+
+def test_layers_of_a_silent_v4_file_are_those_that_transformers_assumes() -> None:
+    published = tiny_published("deepseek_v4", num_hidden_layers=7)
+    del published["compress_ratios"]
+    theirs = transformers.DeepseekV4Config(num_hidden_layers=7)
+    assert list(ModelConfig.from_published(published).layer_types) == theirs.layer_types
+
+
+def test_the_rotated_part_of_v4_as_a_share() -> None:
+    assert tiny_config("deepseek_v4", qk_rope_head_dim=None, partial_rotary_factor=0.4).rope_dim == 8
+    assert tiny_config("deepseek_v4", partial_rotary_factor=0.4).rope_dim == 8
+    with pytest.raises(ConfigError, match="they contradict each other"):
+        tiny_config("deepseek_v4", partial_rotary_factor=0.8)
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        tiny_config("deepseek_v4", qk_rope_head_dim=None, partial_rotary_factor=float("nan"))
