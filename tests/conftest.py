@@ -26,6 +26,16 @@ def _poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models this small gain nothing from more: their threads would wait for one another thousands of times."""
+    before = torch.get_num_threads()
+    if "smollm2" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct, fetched once into the user's cache."""

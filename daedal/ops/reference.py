@@ -118,7 +118,10 @@ def experts(
 def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
     if scoring == "softmax":
         return logits_TE.softmax(-1)
-    return logits_TE.sigmoid() if scoring == "sigmoid" else F.softplus(logits_TE).sqrt()
+    if scoring == "sigmoid":
+        return logits_TE.sigmoid()
+    # A logit below about -104 gives 0, at which a square root has no gradient.
+    return F.softplus(logits_TE).clamp_min(torch.finfo(logits_TE.dtype).tiny).sqrt()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -230,6 +230,16 @@ def test_route_bias_steers_the_choice_and_never_the_weights() -> None:
     torch.testing.assert_close(weights, logits.sigmoid()[:, [3, 0]])
 
 
+def test_a_logit_far_below_leaves_finite_gradients() -> None:
+    """softplus(-200) is 0 in float32, where a square root has an infinite slope."""
+    logits = torch.tensor([[2.0, 1.0, -200.0]], requires_grad=True)
+    settings = {"num_active": 2, "n_group": 1, "topk_group": 1, "normalise": True, "scale": 1.5}
+    _, weights = ops.route(logits, torch.zeros(3), scoring="sqrtsoftplus", method="noaux_tc", **settings)
+    (weights * torch.tensor([[1.0, 2.0]])).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, 0] != 0
+
+
 def test_groups_are_ranked_by_their_best_two_in_v3_and_their_best_in_v2() -> None:
     """Group 0 has the single best expert, group 1 the best pair."""
     logits = torch.tensor([[3.0, -3.0, 2.0, 2.0]])

@@ -269,6 +269,28 @@ def test_a_stop_string_ends_a_thought_too(v4: Talk) -> None:
     assert flat(choice) == {"reasoning_content": "one two", "content": "", "tool_calls": [], "finish_reason": "stop"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "arguments", "reason"),
+    [
+        ({"stop": ["Par"]}, '{"city": "', "stop"),
+        ({"stop": [f"</{DSML}"]}, '{"city": "Paris', "stop"),
+        ({}, '{"city": "Paris"', "stop"),
+        ({"stop": [" the end"]}, '{"city": "Paris"}', "tool_calls"),
+    ],
+    ids=["stop string", "stop string at the tag", "end token", "after the call"],
+)
+def test_a_call_that_is_cut_open_is_not_to_be_made(v4: Talk, fields: dict, arguments: str, reason: str) -> None:
+    parameter = f'<{DSML}parameter name="city" string="true">Paris</{DSML}parameter>'
+    begun = f'<{DSML}tool_calls>\n<{DSML}invoke name="f">\n{parameter}'
+    v4.said.texts = [f"{THINK_END}{begun}"]
+    if reason == "tool_calls":
+        v4.said.texts[0] += f"\n</{DSML}invoke>\n</{DSML}tool_calls> the end"
+    got = flat(whole(v4, tools=TOOLS, **fields)["choices"][0])
+    assert got["tool_calls"] == [{"name": "f", "arguments": arguments}]
+    assert got["finish_reason"] == reason
+    assert streamed(v4, tools=TOOLS, **fields)["choices"] == [got]
+
+
 def test_tags_that_decoding_would_hide_are_seen_all_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
     special = (BOS, EOS, THINK, THINK_END, DSML)
     directory = deepseek_checkpoint(tmp_path_factory.mktemp("hidden"), "deepseek-v4", special=special)
