@@ -47,7 +47,8 @@ def load(
 
     device: "auto" takes an accelerator where there is one. dtype: None keeps the checkpoint's own; torch.float32 means
     full-precision arithmetic, quantised weights dequantised exactly. weights: as `daedal.checkpoint.load.load` has it.
-    mtp: with the model's own drafting modules, for speculative decoding. SourceError, CheckpointError or ConfigError says what is wrong with what was named. Needs no tokenizer.
+    mtp: with the model's own drafting modules, for speculative decoding. SourceError, CheckpointError or ConfigError
+    says what is wrong with what was named. Needs no tokenizer.
     """
     from daedal.checkpoint.load import load as load_directory
     from daedal.checkpoint.sources import resolve

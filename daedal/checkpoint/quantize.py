@@ -20,7 +20,7 @@ from daedal import layouts
 from daedal.checkpoint.contents import Contents
 from daedal.checkpoint.conversion import Converted, convert
 from daedal.checkpoint.shards import INDEX, Shards
-from daedal.checkpoint.writing import SHARD_BYTES, Planned, published_config, write_checkpoint
+from daedal.checkpoint.writing import SHARD_BYTES, STAGING, Planned, published_config, write_checkpoint
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError, ConfigError
 from daedal.layouts import Piece
@@ -210,9 +210,12 @@ def _target(config: ModelConfig, to: str, *, drafts: bool) -> ModelConfig:
 def _check_destination(source: Path, destination: Path) -> None:
     if destination.resolve() == source.resolve():
         raise CheckpointError(f"source and destination are both {destination}: give another destination")
+    if source.resolve() in destination.resolve().parents:
+        raise CheckpointError(f"{destination} lies inside {source}: give a destination elsewhere")
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file: give a directory that is empty or does not exist yet")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / "config.json").exists():
+    held = {path.name for path in destination.iterdir()} if destination.is_dir() else set()
+    if held - {STAGING} and "config.json" not in held:
         raise CheckpointError(f"{destination} holds files that are no checkpoint: give an empty or new directory")
 
 

@@ -1,8 +1,8 @@
 """Writes a checkpoint directory: sharded safetensors, index, config.json, and small files that belong to it.
 
-What a reader trusts is moved into place last: all files are written beside their targets and flushed to disk, then
-renamed, weights before the index, the index before config.json. A crash before the renames leaves what was there. No
-more than one shard is in memory. Knows nothing of models.
+What a reader trusts is moved into place last: all files are written to a hidden folder of the directory and flushed to
+disk, then renamed, weights before the index, the index before config.json. A crash before the renames leaves what was
+there, and the folder, which the next write removes. No more than one shard is in memory. Knows nothing of models.
 """
 
 import json
@@ -23,7 +23,7 @@ from daedal.config import ModelConfig
 from daedal.errors import CheckpointError
 
 SHARD_BYTES = 4 * 2**30
-_PARTIAL = ".partial"
+STAGING = ".daedal-partial"  # where files lie until all of them are whole
 
 
 @dataclass(frozen=True)
@@ -53,37 +53,40 @@ def write_checkpoint(
 ) -> None:
     """Makes `directory` a checkpoint of what is planned, in order, with `published` as its config.json.
 
-    shard_bytes: a file's size at most, unless one entry alone is larger. others: files to copy, by their
-    names there. progress: called with (entries done, entries in all). Files of other kinds that lie there are left alone; weights of before vanish.
+    shard_bytes: a file's size at most, unless one entry alone is larger. others: files to copy, by their names there.
+    progress: called with (entries done, entries in all). Files of other kinds that lie there are left alone; weights of
+    before vanish.
     """
+    staging = directory / STAGING
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        written = _write(directory, published, plan, shard_bytes, others, progress)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        files = _write(staging, published, plan, shard_bytes, others, progress)
+        _move(staging, directory, files)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be written ({error}): free space or choose another place") from error
     finally:
-        for leftover in directory.rglob(f"*{_PARTIAL}"):
-            leftover.unlink()
+        shutil.rmtree(staging, ignore_errors=True)
     for old in directory.glob("model*.safetensors*"):
-        if old.name not in written:
+        if old.name not in files:
             old.unlink()
 
 
 def _write(
-    directory: Path,
+    staging: Path,
     published: Mapping[str, object],
     plan: Sequence[Planned],
     shard_bytes: int,
     others: Mapping[str, Path],
     progress: Callable[[int, int], None],
 ) -> list[str]:
-    """Writes and renames; returns the names of all files, in the order of the renames."""
+    """Writes everything and flushes it to disk; the names of all files, in the order in which they are to be moved."""
     shards = _in_shards(plan, shard_bytes)
     files, done = [], 0
     weight_map: dict[str, str] = {}
     for name, other in others.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(other, directory / (name + _PARTIAL))
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(other, staging / name)
         files.append(name)
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -92,26 +95,31 @@ def _write(
             tensors |= entry.make()
             done += 1
             progress(done, len(plan))
-        save_file(tensors, directory / (file + _PARTIAL), metadata={"format": "pt"})
+        save_file(tensors, staging / file, metadata={"format": "pt"})
         files.append(file)
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         total = sum(entry.nbytes for entry in plan)
-        _write_json(directory / (INDEX + _PARTIAL), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         files.append(INDEX)
     files.append("config.json")
-    _write_json(directory / ("config.json" + _PARTIAL), published)
-    readable = (directory / ("config.json" + _PARTIAL)).stat().st_mode
+    _write_json(staging / "config.json", published)
+    readable = (staging / "config.json").stat().st_mode
     for file in files:
         # The library writes for its owner alone.
-        (directory / (file + _PARTIAL)).chmod(readable)
-        sync(directory / (file + _PARTIAL))
-    if len(shards) == 1:
+        (staging / file).chmod(readable)
+        sync(staging / file)
+    return files
+
+
+def _move(staging: Path, directory: Path, files: Sequence[str]) -> None:
+    """Renames all files to where they belong, in order."""
+    if INDEX not in files:
         (directory / INDEX).unlink(missing_ok=True)
     for file in files:
-        os.replace(directory / (file + _PARTIAL), directory / file)
+        (directory / file).parent.mkdir(exist_ok=True)
+        os.replace(staging / file, directory / file)
     sync(directory)
-    return files
 
 
 def _in_shards(plan: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:

@@ -4,6 +4,7 @@ What is a thought and what a tool call, the format's parser says. Reasoning toke
 brought out text of the thought, so neither an empty thought nor its closing tag counts. Knows nothing of HTTP.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 
 from daedal.infer.request import Output
@@ -17,7 +18,7 @@ class Turn:
     def __init__(self, parser: StreamParser):
         self._parser = parser
         self._num_ids = 0
-        self._calls_tools = False
+        self._arguments: list[str] = []  # of each call
         self.reasoning_tokens = 0
 
     def take(self, output: Output) -> list[Delta]:
@@ -28,12 +29,26 @@ class Turn:
         self._num_ids += len(output.ids)
         if any(delta.reasoning for delta in deltas):
             self.reasoning_tokens = self._num_ids
-        self._calls_tools = self._calls_tools or any(delta.tool_calls for delta in deltas)
+        for piece in (piece for delta in deltas for piece in delta.tool_calls):
+            if piece.index == len(self._arguments):
+                self._arguments.append("")
+            self._arguments[piece.index] += piece.arguments
         return deltas
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """The API's word for why the engine ended this choice, None while it goes on."""
-        return "tool_calls" if reason == "stop" and self._calls_tools else reason
+        """The API's word for why the engine ended this choice, None while it goes on. Calls that a stop string or an
+        end token cut open are not for execution, so then it remains `stop`.
+        """
+        calls = reason == "stop" and self._arguments and all(map(_is_json, self._arguments))
+        return "tool_calls" if calls else reason
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def message_json(deltas: Iterable[Delta]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from daedal import layouts, shapes
 from daedal.checkpoint.load import load
 from daedal.checkpoint.quantize import quantize
 from daedal.checkpoint.save import save
+from daedal.checkpoint.writing import STAGING
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError, ConfigError
 from daedal.ops import formats
@@ -188,6 +189,22 @@ def test_a_failure_leaves_the_destination_as_it_was(tmp_path: Path) -> None:
     assert load(destination).config.model_type == "deepseek_v4"
 
 
+def test_strangers_files_stay_and_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    save(quantizable_model("deepseek_v4"), source)
+    (source / "encoding").mkdir()
+    (source / "encoding" / "encoding_dsv4.py").write_text("levels")
+    (destination / STAGING / "encoding").mkdir(parents=True)
+    (destination / STAGING / "model.safetensors").write_bytes(b"half")
+    quantize(source, destination, to="fp8")
+    assert (destination / "encoding" / "encoding_dsv4.py").read_text() == "levels"
+    assert not (destination / STAGING).exists()
+    (destination / "inner").mkdir()
+    (destination / "inner" / "download.partial").write_text("mine")
+    quantize(source, destination, to="fp4")
+    assert (destination / "inner" / "download.partial").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("family", "to", "message"),
     [
@@ -216,6 +233,7 @@ def test_destinations_that_are_not_free_are_refused(tmp_path: Path) -> None:
         ("link", "both"),
         ("papers", "no checkpoint"),
         ("papers/thesis.txt", "is a file"),
+        ("source/inner", "lies inside"),
     ):
         with pytest.raises(CheckpointError, match=message):
             quantize(source, tmp_path / destination, to="bf16")

@@ -107,6 +107,8 @@ class DeepSeekFormat:
         """Puts the request's definitions where the reference has them: at the end of the system message."""
         if tools and not self.takes_tools:
             raise TemplateError(f"{self.name} has no text for tools: describe them in the system message")
+        if not isinstance(response_format, Mapping | None):
+            raise TemplateError(f"response_format is {short(response_format)}: give a JSON schema, which is an object")
         if not tools and not response_format:
             return messages
         first = messages[0]

@@ -56,9 +56,12 @@ def to_json(value: object, where: str) -> str:
 
 
 def read_object(text: str, where: str) -> dict[str, object]:
-    """The JSON object in `text`; TemplateError where it holds anything else, nested deeper than allowed."""
+    """The JSON object in `text`; TemplateError where it holds anything else, nested deeper than allowed, or escapes of
+    half a surrogate pair, which no UTF-8 text can hold.
+    """
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise TemplateError(f"{where} is not JSON ({error}): give a JSON object") from error
     if not isinstance(value, dict):
