@@ -292,7 +292,8 @@ def plot(points: list[Point], path: Path) -> None:
         time_axis.plot(
             [point.context for point in peers], [point.peer_decode_ms for point in peers], "s--", label="transformers"
         )
-    time_axis.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms", title="One decode step")
+    time_axis.set(xscale="log", xlabel="tokens of context", ylabel="ms", title="One decode step")
+    time_axis.set_ylim(bottom=0)
     time_axis.legend()
     memory_axis.plot(contexts, [point.predicted_cache_bytes / 2**20 for point in points], "-", label="predicted")
     memory_axis.plot(contexts, [point.cache_bytes / 2**20 for point in points], "o", label="allocated")
