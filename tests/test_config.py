@@ -190,3 +190,8 @@ def test_the_rotated_part_of_v4_as_a_share() -> None:
         tiny_config("deepseek_v4", partial_rotary_factor=0.8)
     with pytest.raises(ConfigError, match="from 0 to 1"):
         tiny_config("deepseek_v4", qk_rope_head_dim=None, partial_rotary_factor=float("nan"))
+
+
+def test_v4_with_a_tied_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="`tie_word_embeddings` is true: V4 has a head of its own"):
+        tiny_config("deepseek_v4", tie_word_embeddings=True)

@@ -9,22 +9,9 @@ from typing import NamedTuple
 
 from daedal import layouts
 from daedal.config import ModelConfig
-from daedal.shapes import Slot
+from daedal.shapes import ROLES, Slot
 
-PARAMETER_ROLES = (
-    "embedding",
-    "head",
-    "norm",
-    "attention",
-    "indexer",
-    "compressor",
-    "hyper_connection",
-    "dense_mlp",
-    "router",
-    "router_bias",
-    "routed_expert",
-    "shared_expert",
-)
+PARAMETER_ROLES = tuple(role for role in ROLES if role not in ("hash_table", "draft", "cache", "state"))
 WEIGHT_ROLES = (*PARAMETER_ROLES, "hash_table")
 
 
