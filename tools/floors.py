@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = "daedal"
 FLOORS = (
-    ("config", "checks", "published", "published_v4", "rope", "shapes", "layouts", "errors"),
+    ("config", "checks", "published", "published_v4", "rope", "shapes", "layouts", "places", "errors"),
     ("ops", "text", "cost", "mesh"),
     ("model",),
     ("checkpoint",),

@@ -6,7 +6,6 @@ that carries the same model is fetched instead, and the caller is told which and
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from daedal.checkpoint.download import (
 )
 from daedal.checkpoint.staging import disk_errors, locked, require_space, staged
 from daedal.errors import CheckpointError, SourceError
+from daedal.places import cache_directory
 
 SMOLLM2 = KnownModel(
     name="smollm2-135m",
@@ -41,15 +41,6 @@ KNOWN = {SMOLLM2.name: SMOLLM2}
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RECEIPT = "daedal_source.json"
-
-
-def cache_directory() -> Path:
-    """Where fetched models are kept; it need not exist yet."""
-    if chosen := os.environ.get("DAEDAL_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "daedal"
-    return Path.home() / ".cache" / "daedal"
 
 
 def resolve(name_or_path: str | Path, *, progress: Progress = silent) -> Path:

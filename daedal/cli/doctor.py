@@ -89,7 +89,7 @@ def diagnose() -> Diagnosis:
     import torch
 
     from daedal.checkpoint.load import resolve_device
-    from daedal.checkpoint.sources import cache_directory
+    from daedal.places import cache_directory
 
     device = resolve_device("auto")
     precision = choose_dtype("auto", device)

@@ -19,8 +19,9 @@ from huggingface_hub import constants
 
 from daedal.checkpoint import download, sources
 from daedal.checkpoint.download import KnownModel, Package
-from daedal.checkpoint.sources import cache_directory, pull, resolve
+from daedal.checkpoint.sources import pull, resolve
 from daedal.errors import CheckpointError, SourceError
+from daedal.places import cache_directory
 from tests.tiny_gguf import write_wheel
 
 ROOT = Path(__file__).resolve().parents[2]

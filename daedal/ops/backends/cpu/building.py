@@ -1,0 +1,104 @@
+"""Compiles the native kernels on first use and keeps the result in the user's cache.
+
+The sources come with the package; one library holds them once for each instruction set that the compiler knows, and
+picks one when it is loaded. Its name is a hash of sources, compiler and flags, so an upgrade compiles anew and two
+processes never disturb each other. Without a compiler there is no native backend, and `Unavailable` says why.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+SOURCES = Path(__file__).resolve().parents[2] / "native"
+
+# Flags of each level beyond the baseline; kernels check at run time that the CPU has them.
+_X86_LEVELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "avx512": (
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512vnni",
+            "-mavx512bf16",
+            "-mavx512vbmi",
+            "-mfma",
+            "-mf16c",
+            "-mprefer-vector-width=512",
+        ),
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    }
+)
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi")
+
+
+class Unavailable(Exception):
+    """The native kernels cannot be built or loaded here; the message says why and what helps."""
+
+
+def library(cache: Path) -> Path:
+    """The compiled library, built if it is not there yet. Raises Unavailable."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler was found: install one (Debian: apt install g++)")
+    target = cache / f"kernels-{_fingerprint(compiler)}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            built = _build(compiler, Path(scratch))
+            built.replace(target)
+    return target
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, check=False).stdout
+    digest.update(version + platform.machine().encode() + repr((_FLAGS, sorted(_X86_LEVELS.items()))).encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: str, scratch: Path) -> Path:
+    """Compiles every level that the compiler knows, side by side, and links them."""
+    base = [*compiler.split(), *_FLAGS]
+    if _compiles([*base, "-fopenmp"], scratch):
+        base.append("-fopenmp")
+    levels: dict[str, tuple[str, ...]] = {"generic": ()}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        levels |= {name: flags for name, flags in _X86_LEVELS.items() if _compiles([*base, *flags], scratch)}
+    jobs = [
+        [*base, *flags, f"-DDAEDAL_LEVEL={name}", "-c", str(SOURCES / "kernels.cpp")] for name, flags in levels.items()
+    ]
+    jobs.append([*base, *(f"-DDAEDAL_HAS_{name}" for name in levels), "-c", str(SOURCES / "program.cpp")])
+    objects = [scratch / f"{index}.o" for index in range(len(jobs))]
+    running = [
+        subprocess.Popen([*job, "-o", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for job, path in zip(jobs, objects, strict=True)
+    ]
+    for process in running:
+        output, _ = process.communicate()
+        if process.returncode:
+            raise Unavailable(f"{compiler} failed on the kernels: {output.decode(errors='replace').strip()[-2000:]}")
+    linked = scratch / "kernels.so"
+    _check(subprocess.run([*base, "-shared", *map(str, objects), "-o", str(linked)], capture_output=True, check=False))
+    return linked
+
+
+def _compiles(command: list[str], scratch: Path) -> bool:
+    probe = scratch / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    arguments = [*command, "-c", str(probe), "-o", str(scratch / "probe.o")]
+    return subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+
+
+def _check(done: "subprocess.CompletedProcess[bytes]") -> None:
+    if done.returncode:
+        raise Unavailable(f"linking the kernels failed: {done.stderr.decode(errors='replace').strip()[-2000:]}")

@@ -1,0 +1,13 @@
+"""Where Daedal keeps what it fetched or made: models, packed weights, compiled kernels."""
+
+import os
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """`$DAEDAL_CACHE`, else `$XDG_CACHE_HOME/daedal`, else `~/.cache/daedal`; it need not exist yet."""
+    if chosen := os.environ.get("DAEDAL_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser().absolute() / "daedal"
+    return Path.home() / ".cache" / "daedal"
