@@ -46,9 +46,11 @@ def load(
     """A model with its weights, from a checkpoint's directory or a known name, which is fetched on first use.
 
     device: "auto" takes an accelerator where there is one. dtype: None keeps the checkpoint's own; torch.float32 means
-    full-precision arithmetic, quantised weights dequantised exactly. weights: as `daedal.checkpoint.load.load` has it.
-    mtp: with the model's own drafting modules, for speculative decoding. SourceError, CheckpointError or ConfigError
-    says what is wrong with what was named. Needs no tokenizer.
+    full-precision arithmetic, quantised weights dequantised exactly. weights: "bf16", "int8", "int4", "fp8" or "fp4"
+    packs them once for the CPU's kernels and maps them ever after; the model then computes in bfloat16 and stays on the
+    CPU, or with dtype=torch.float32 holds the packed numbers expanded. mtp: with the model's own drafting modules, for
+    speculative decoding. SourceError, CheckpointError or ConfigError says what is wrong with what was named. Needs no
+    tokenizer.
     """
     from daedal.checkpoint.load import load as load_directory
     from daedal.checkpoint.sources import resolve

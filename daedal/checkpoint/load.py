@@ -1,7 +1,8 @@
 """Fills a model from a checkpoint directory: every parameter found, checked, converted, and nothing left over.
 
 Tensors that need no conversion stay on the memory map. FP8 and FP4 weights are expanded with their scales, in float32,
-then rounded once to the model's dtype. The model is built only after all headers are checked (`contents`).
+then rounded once to the model's dtype. The model is built only after all headers are checked (`contents`). With a
+format for `weights` they are packed instead, once, and mapped (`packing`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from daedal.checkpoint.contents import Contents
+from daedal.checkpoint.packing import carried, load_packed
 from daedal.checkpoint.shards import PLAIN, Shards
 from daedal.config import ModelConfig
 from daedal.errors import BackendError, CheckpointError, ConfigError
+from daedal.model.packing import assign
 from daedal.model.transformer import Transformer, empty
 from daedal.shapes import Slot, drafting, parameters
 
@@ -31,14 +34,21 @@ def load(
 ) -> Transformer:
     """The model of a checkpoint directory, ready to run.
 
-    device: "auto" takes the accelerator that torch sees, else the CPU. dtype: None keeps what the files hold; float32
-    means full-precision arithmetic, quantised weights expanded exactly. weights: a format to keep weights in; none is
-    supported yet besides None. mtp: fill the drafting modules too. progress: called with (parameters done, parameters
-    in all).
+    device: "auto" takes the accelerator that torch sees, else the CPU; packed weights stay on the CPU. dtype: None
+    keeps what the files hold; float32 means full-precision arithmetic, quantised weights expanded exactly. weights:
+    "bf16", "int8", "int4", "fp8" or "fp4" packs them for the CPU's kernels, on the first load into the user's cache,
+    and computes in bfloat16; together with float32 the packed numbers are expanded. None packs nothing, except what is
+    packed on disk. mtp: fill the drafting modules too. progress: called with (done, in all), of parameters, or of bytes
+    while weights are packed; a packed model is otherwise there at once.
     """
-    if weights is not None:
-        raise ConfigError(f"weights={weights!r}: no packed weight format is supported yet; leave it out")
     directory = Path(directory)
+    weights = weights or carried(directory)
+    if weights is not None:
+        if device != "auto" and resolve_device(device).type != "cpu":
+            raise BackendError(
+                f"device is {str(device)!r}, packed weights run on the CPU alone: give cpu, or no weights"
+            )
+        return load_packed(directory, weights, dtype=dtype, mtp=mtp, progress=progress)
     config = ModelConfig.read(directory)
     slots = parameters(config)
     if mtp:
@@ -53,7 +63,7 @@ def load(
     target = resolve_device(device)
     model = empty(config, device="meta", dtype=chosen, drafting=mtp)
     for done, (slot, tensor) in enumerate(read_slots(contents, slots, chosen)):
-        _assign(model, slot.name, tensor.to(target))
+        assign(model, slot.name, tensor.to(target), trained=True)
         if progress is not None:
             progress(done + 1, len(slots))
     if config.tie_word_embeddings:
@@ -81,12 +91,3 @@ def resolve_device(device: torch.device | str) -> torch.device:
     if chosen.type not in present:
         raise BackendError(f"device is {str(device)!r}, this machine has {' and '.join(present)}: give one, or auto")
     return chosen
-
-
-def _assign(model: Transformer, name: str, tensor: Tensor) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-    else:
-        setattr(owner, leaf, torch.nn.Parameter(tensor))

@@ -1,12 +1,13 @@
-"""Moves a checkpoint between bf16, FP8 and FP4 as its publisher ships them, tensor by tensor.
+"""Moves a checkpoint between number formats, tensor by tensor: bf16, FP8 and FP4 as its publisher ships them.
 
 FP8: every matrix that is stock FP8, experts too (as V4's `-Base`). FP4: routed experts in FP4, the rest as FP8. What is
 never quantised stays plain: embedding, head, norms, router, mixing weights, compressors. Drafting modules travel with
-the model. Never more than one shard is in memory; how one matrix changes is the business of `conversion`.
+the model. Never more than one shard is in memory; how one matrix changes is the business of `conversion`. int8 and int4
+have no stock layout: they are written packed, for Daedal's CPU kernels alone (`packing`).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,22 @@ import torch
 from torch import Tensor
 
 from daedal import layouts
+from daedal.checkpoint import packing
 from daedal.checkpoint.contents import Contents
 from daedal.checkpoint.conversion import Converted, convert
+from daedal.checkpoint.packed_files import FOLDER, WEIGHTS_FILE
+from daedal.checkpoint.repacking import Slab
 from daedal.checkpoint.shards import INDEX, Shards
-from daedal.checkpoint.writing import SHARD_BYTES, STAGING, Planned, published_config, write_checkpoint
+from daedal.checkpoint.writing import SHARD_BYTES, STAGING, Planned, publish, published_config, write_checkpoint
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError, ConfigError
 from daedal.layouts import Piece
+from daedal.model.packing import HEAD
 from daedal.shapes import Slot, drafting, parameters
 
 FORMATS = ("bf16", "fp8", "fp4")
+PACKED_FORMATS = ("int8", "int4")
+PACKED_LAYOUT = "packed"
 _STOCK = MappingProxyType({"deepseek_v3": FORMATS[:2], "deepseek_v32": FORMATS[:2], "deepseek_v4": FORMATS})
 _QUANTIZATION: Mapping[str, Any] = MappingProxyType(
     {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -72,44 +79,44 @@ def quantize(
 ) -> QuantizeReport:
     """Writes the checkpoint `src` to `dst` in another number format, with its tokenizer and other small files.
 
-    to: "bf16", "fp8" or "fp4". layout: names to write, None for the family's published ones. progress: called with
-    (tensors done, tensors in all). ConfigError for a format that the family has no stock layout for; CheckpointError
-    for a damaged source, a DSpark draft, or a destination that is not free. What lay at `dst` stays until all is there.
+    to: "bf16", "fp8" or "fp4", in a stock layout; "int8" or "int4", packed. layout: names to write, None for the
+    family's published ones. progress: called with (done, in all), of tensors, or of bytes for what is packed.
+    ConfigError for a format that the family has no stock layout for; CheckpointError for a damaged source, a DSpark
+    draft, or a destination that is not free. What lay at `dst` stays until all is there.
     """
     source, destination = Path(src), Path(dst)
     config = ModelConfig.read(source)
     check_format(config, to)
+    if to in PACKED_FORMATS and layout is not None:
+        raise ConfigError(f"layout is {layout!r}: {to} has no stock layout, leave it out")
     chosen = layouts.choose(config, layout)
     _check_destination(source, destination)
+    if (weights := packing.carried(source)) is not None:
+        raise CheckpointError(f"{source} is packed as {weights} already: quantise the original checkpoint")
     shards = Shards(source)
     drafts = layouts.has_drafting(shards.files, config)
     slots = parameters(config) + (drafting(config) if drafts else [])
     contents = Contents(shards, config, slots, drafting=drafts)
-    conversion = _Conversion(contents, _target(config, to, drafts=drafts))
-    write_checkpoint(
-        destination,
-        published_config(conversion.target),
-        list(conversion.plan(chosen)),
-        shard_bytes=shard_bytes,
-        others=_small_files(source),
-        progress=progress,
-    )
-    roles = conversion.roles()
-    return QuantizeReport(
-        to=to,
-        layout=chosen,
-        tensors=sum(role.tensors for role in roles),
-        bytes_before=sum((source / file).stat().st_size for file in set(shards.files.values())),
-        bytes_after=sum(file.stat().st_size for file in destination.glob("model*.safetensors")),
-        inexact=conversion.inexact,
-        roles=roles,
-    )
+    before = sum((source / file).stat().st_size for file in set(shards.files.values()))
+    others, tally = _small_files(source), Tally()
+    if to in PACKED_FORMATS:
+        planned = packing.plan(config, to, drafts=drafts)
+        write = partial(packing.write_folder, planned, contents, to, drafts, progress, tally.note_packed)
+        publish(destination, published_config(_target(config, "bf16", drafts=drafts)), write, others=others)
+        return tally.report(to, PACKED_LAYOUT, before, destination.glob(f"{FOLDER}/{WEIGHTS_FILE}"))
+    conversion = _Conversion(contents, _target(config, to, drafts=drafts), tally)
+    plan = list(conversion.plan(chosen))
+    published = published_config(conversion.target)
+    write_checkpoint(destination, published, plan, shard_bytes=shard_bytes, others=others, progress=progress)
+    return tally.report(to, chosen, before, destination.glob("model*.safetensors"))
 
 
 def check_format(config: ModelConfig, to: str) -> None:
     """ConfigError for a format that Daedal does not write, or that models of this family are not shipped in."""
+    if to in PACKED_FORMATS:
+        return
     if to not in FORMATS:
-        raise ConfigError(f"the format is {to!r}: Daedal writes {', '.join(FORMATS)} so far")
+        raise ConfigError(f"the format is {to!r}: Daedal writes {', '.join(FORMATS + PACKED_FORMATS)}")
     stock = _STOCK.get(config.model_type, FORMATS[:1])
     if to not in stock:
         raise ConfigError(
@@ -121,17 +128,55 @@ def check_format(config: ModelConfig, to: str) -> None:
             raise ConfigError(f"`{name}` is {getattr(config, name)}: FP4 packs groups of {layouts.FP4_GROUP}; use fp8")
 
 
-class _Conversion:
-    """From what a checkpoint holds to what its target calls for, with a tally. inexact: as reported."""
+class Tally:
+    """What became of each role's tensors so far."""
 
-    def __init__(self, contents: Contents, target: ModelConfig):
-        self.target = target
+    def __init__(self) -> None:
         self.inexact = 0
-        self._contents = contents
-        self._power_of_two = (target.quantization_config or {}).get("scale_fmt") == "ue8m0"
-        self._tensors: dict[str, int] = defaultdict(int)
+        self._tensors: dict[str, set[str]] = defaultdict(set)
         self._dtypes: dict[str, set[str]] = defaultdict(set)
         self._errors: dict[str, float] = defaultdict(float)
+
+    def note(self, role: str, name: str, dtype: str, *, error: float = 0.0, exact: bool = True) -> None:
+        """One tensor that is written, or one matrix of it."""
+        self._tensors[role].add(name)
+        self._dtypes[role].add(dtype)
+        self._errors[role] = max(self._errors[role], error)
+        self.inexact += not exact
+
+    def note_packed(self, planned: packing.Planned, slab: Slab | None) -> None:
+        role = planned.slot.role if planned.kept is None or planned.kept.name != HEAD else "head"
+        self.note(role, planned.entry.name, planned.entry.kind, error=0.0 if slab is None else slab.error())
+
+    def report(self, to: str, layout: str, bytes_before: int, written: Iterable[Path]) -> QuantizeReport:
+        roles = tuple(
+            RoleReport(
+                role=role,
+                tensors=len(names),
+                dtypes=tuple(sorted(self._dtypes[role])),
+                largest_error=self._errors[role],
+            )
+            for role, names in self._tensors.items()
+        )
+        return QuantizeReport(
+            to=to,
+            layout=layout,
+            tensors=sum(role.tensors for role in roles),
+            bytes_before=bytes_before,
+            bytes_after=sum(file.stat().st_size for file in written),
+            inexact=self.inexact,
+            roles=roles,
+        )
+
+
+class _Conversion:
+    """From what a checkpoint holds to what its target calls for."""
+
+    def __init__(self, contents: Contents, target: ModelConfig, tally: Tally):
+        self.target = target
+        self._tally = tally
+        self._contents = contents
+        self._power_of_two = (target.quantization_config or {}).get("scale_fmt") == "ue8m0"
 
     def plan(self, layout: str) -> Iterator[Planned]:
         """Every tensor to write, in the order of the forward pass."""
@@ -146,26 +191,16 @@ class _Conversion:
         for piece in layouts.empty_pieces(self.target, drafting=True):
             yield Planned(0, partial(_empty, piece))
 
-    def roles(self) -> tuple[RoleReport, ...]:
-        return tuple(
-            RoleReport(
-                role=role,
-                tensors=count,
-                dtypes=tuple(sorted(self._dtypes[role])),
-                largest_error=self._errors[role],
-            )
-            for role, count in self._tensors.items()
-        )
-
     def _make(self, slot: Slot, piece: Piece, parts: range) -> Mapping[str, Tensor]:
         """One published tensor with its scales, made of some of the matrices of a slot."""
-        self._tensors[slot.role] += 1 if piece.scale is None else 2
-        self._dtypes[slot.role].add(piece.dtype)
+        self._tally.note(slot.role, piece.name, piece.dtype)
+        if piece.scale is not None:
+            self._tally.note(slot.role, piece.scale.name, piece.dtype)
         if slot.role == "hash_table":
             return {piece.name: self._contents.read(slot, torch.int64)}
         made = [self._matrix(slot, piece, part) for part in parts]
-        self._errors[slot.role] = max(self._errors[slot.role], *(matrix.error for matrix in made))
-        self.inexact += sum(not matrix.exact for matrix in made)
+        for matrix in made:
+            self._tally.note(slot.role, piece.name, piece.dtype, error=matrix.error, exact=matrix.exact)
         if len(made) > 1:
             return {piece.name: _stack(slot, [matrix.tensor for matrix in made])}
         tensor, scale = made[0].tensor.reshape(piece.stored_shape), made[0].scale

@@ -14,7 +14,9 @@ from torch import Tensor
 from daedal import layouts
 from daedal.checkpoint.writing import SHARD_BYTES, Planned, published_config, write_checkpoint
 from daedal.config import ModelConfig
+from daedal.errors import ConfigError
 from daedal.layouts import Piece
+from daedal.model.packing import is_packed
 from daedal.model.transformer import Transformer
 from daedal.shapes import drafting, parameters
 
@@ -25,8 +27,13 @@ def save(
     """Writes `model` to `directory` in the dtype it holds.
 
     layout: "deepseek" or "transformers"; None is the family's published one. shard_bytes: a file's size at most, unless
-    one tensor alone is larger. Files of other kinds that lie there, such as a tokenizer, are left alone.
+    one tensor alone is larger. Files of other kinds that lie there, such as a tokenizer, are left alone. ConfigError
+    for a model whose weights are packed.
     """
+    if is_packed(model):
+        raise ConfigError(
+            "the model's weights are packed, which no stock layout knows: save the one it was loaded from"
+        )
     config = model.config.replace(
         dtype=str(model.dtype).removeprefix("torch."),
         quantization_config=None,

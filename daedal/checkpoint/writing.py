@@ -1,4 +1,4 @@
-"""Writes a checkpoint directory: sharded safetensors, index, config.json, and small files that belong to it.
+"""Writes a checkpoint directory: sharded safetensors or packed weights, config.json, and small files that belong to it.
 
 What a reader trusts is moved into place last: all files are written to a hidden folder of the directory and flushed to
 disk, then renamed, weights before the index, the index before config.json. A crash before the renames leaves what was
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from daedal.checkpoint.packed_files import FOLDER
 from daedal.checkpoint.shards import INDEX, SINGLE
 from daedal.checkpoint.staging import sync
 from daedal.config import ModelConfig
@@ -57,37 +59,57 @@ def write_checkpoint(
     progress: called with (entries done, entries in all). Files of other kinds that lie there are left alone; weights of
     before vanish.
     """
+    publish(directory, published, partial(_write_shards, plan, shard_bytes, progress), others=others)
+
+
+def publish(
+    directory: Path,
+    published: Mapping[str, object],
+    write: Callable[[Path], list[str]],
+    *,
+    others: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """As `write_checkpoint`, of weights that `write` puts into the folder that it is given; it returns their names, in
+    the order in which they are to be moved.
+    """
     staging = directory / STAGING
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        files = _write(staging, published, plan, shard_bytes, others, progress)
+        files = [*_copy(staging, others), *write(staging), "config.json"]
+        _write_json(staging / "config.json", published)
+        _flush(staging, files)
         _move(staging, directory, files)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be written ({error}): free space or choose another place") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for old in directory.glob("model*.safetensors*"):
-        if old.name not in files:
+    for old in (*directory.glob("model*.safetensors*"), *directory.glob(f"{FOLDER}/*")):
+        if old.relative_to(directory).as_posix() not in files:
             old.unlink()
 
 
-def _write(
-    staging: Path,
-    published: Mapping[str, object],
-    plan: Sequence[Planned],
-    shard_bytes: int,
-    others: Mapping[str, Path],
-    progress: Callable[[int, int], None],
-) -> list[str]:
-    """Writes everything and flushes it to disk; the names of all files, in the order in which they are to be moved."""
-    shards = _in_shards(plan, shard_bytes)
-    files, done = [], 0
-    weight_map: dict[str, str] = {}
+def _copy(staging: Path, others: Mapping[str, Path]) -> list[str]:
     for name, other in others.items():
         (staging / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(other, staging / name)
-        files.append(name)
+    return list(others)
+
+
+def _flush(staging: Path, files: Sequence[str]) -> None:
+    """To disk, and readable by whoever may read config.json: the library writes for its owner alone."""
+    readable = (staging / "config.json").stat().st_mode
+    for file in files:
+        (staging / file).chmod(readable)
+        sync(staging / file)
+
+
+def _write_shards(
+    plan: Sequence[Planned], shard_bytes: int, progress: Callable[[int, int], None], staging: Path
+) -> list[str]:
+    shards = _in_shards(plan, shard_bytes)
+    files, done = [], 0
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
@@ -102,13 +124,6 @@ def _write(
         total = sum(entry.nbytes for entry in plan)
         _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         files.append(INDEX)
-    files.append("config.json")
-    _write_json(staging / "config.json", published)
-    readable = (staging / "config.json").stat().st_mode
-    for file in files:
-        # The library writes for its owner alone.
-        (staging / file).chmod(readable)
-        sync(staging / file)
     return files
 
 

@@ -31,6 +31,7 @@ from daedal.cli.opening import (
     say,
 )
 from daedal.cli.units import in_bytes
+from daedal.cli.weights import WeightsOption
 from daedal.errors import DaedalError, RequestError, TemplateError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def command(
     model: ModelArgument = DEFAULT_MODEL,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "auto",
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.2,
     top_p: Annotated[float, typer.Option(help="Share of probability to draw from.")] = 0.9,
@@ -66,7 +68,15 @@ def command(
     """Talk with a model in the terminal."""
     limits = Limits(cache_gb=cache_gb, max_context=max_context, max_batch=1)
     drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
-    opened = open_model(model, device=device, dtype=dtype, limits=limits, chat_format=chat_format, drafting=drafting)
+    opened = open_model(
+        model,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        limits=limits,
+        chat_format=chat_format,
+        drafting=drafting,
+    )
     wishes = Wishes(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, thinking=thinking, effort=effort
     )

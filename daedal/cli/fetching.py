@@ -1,14 +1,17 @@
-"""Fetching a model while a bar on stderr says how far it is. What is fetched, and from where, `checkpoint` decides."""
+"""Fetching or packing a model while a bar on stderr says how far it is. What, and from where, `checkpoint` decides."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+Found = TypeVar("Found")
+
 
 class FetchDisplay:
-    """A progress function for `checkpoint.sources`: sentences become lines, counted work becomes bars."""
+    """A progress function for `checkpoint`: sentences become lines, counted work becomes bars."""
 
     def __init__(self, bars: Progress):
         self._bars = bars
@@ -39,7 +42,7 @@ def pull_shown(name: str) -> Path:
     return shown(lambda display: pull(name, progress=display))
 
 
-def shown(fetch: Callable[[FetchDisplay], Path]) -> Path:
+def shown(fetch: Callable[[FetchDisplay], Found]) -> Found:
     """Runs `fetch` with a display, and takes the display away again whatever happens."""
     text = TextColumn("{task.description}", markup=False)
     bars = Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True))

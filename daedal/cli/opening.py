@@ -5,6 +5,7 @@ Says on stderr what it chose and why. Knows nothing of how the engine is then us
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,15 @@ import typer
 
 from daedal import shapes
 from daedal.cli.drafting import Drafting
-from daedal.cli.fetching import resolve_shown
-from daedal.cli.precision import DtypeName, choose_dtype
+from daedal.cli.fetching import FetchDisplay, resolve_shown, shown
+from daedal.cli.precision import DtypeName, Precision, choose_dtype
+from daedal.cli.weights import WeightsName, choose_weights
 from daedal.cost import count
 from daedal.errors import RequestError, TemplateError
 
 if TYPE_CHECKING:
+    import torch
+
     from daedal.infer.engine import Engine
     from daedal.model.transformer import Transformer
     from daedal.text.chat import ChatFormat
@@ -89,6 +93,7 @@ def open_model(
     *,
     device: str,
     dtype: DtypeName,
+    weights: WeightsName = "auto",
     limits: Limits,
     chat_format: str | None = None,
     drafting: Drafting | None = None,
@@ -98,7 +103,9 @@ def open_model(
     chat_format: the name of one; without it, a checkpoint whose format cannot be told is opened all the same.
     drafting: who drafts, if anybody.
     """
-    from daedal.checkpoint.load import load, resolve_device
+    import torch
+
+    from daedal.checkpoint.load import resolve_device
     from daedal.infer.engine import Engine
     from daedal.text.chat import load_format
     from daedal.text.tokenizer import Tokenizer
@@ -106,7 +113,12 @@ def open_model(
     directory = resolve_shown(name)
     chosen_device = resolve_device(device)
     precision = choose_dtype(dtype, chosen_device)
+    chosen = choose_weights(weights, directory, chosen_device, full_precision=dtype == "float32")
+    if chosen.format is not None and dtype == "auto":
+        precision = Precision(dtype=torch.bfloat16, reason="packed weights compute in it")
     say(f"{name} on {chosen_device} in {precision}")
+    if weights == "auto" and dtype != "float32":
+        say(str(chosen))
     tokenizer = Tokenizer.load(directory)
     format, without_chat = None, None
     try:
@@ -117,7 +129,7 @@ def open_model(
         without_chat = str(error)
     drafting = drafting or Drafting()
     speculate = drafting.open(device=chosen_device, dtype=precision.dtype)
-    model = load(directory, device=chosen_device, dtype=precision.dtype, mtp=drafting.by_module)
+    model = _load_shown(directory, chosen.format, chosen_device, precision.dtype, mtp=drafting.by_module)
     engine = Engine(
         model,
         tokenizer=tokenizer,
@@ -135,6 +147,19 @@ def open_model(
         chat_format=format,
         without_chat=without_chat,
     )
+
+
+def _load_shown(
+    directory: Path, weights: str | None, device: "torch.device", dtype: "torch.dtype", *, mtp: bool
+) -> "Transformer":
+    """The model, with a bar where there is something to wait for: packed weights are mapped, once they are packed."""
+    from daedal.checkpoint.load import load
+
+    def fill(display: FetchDisplay) -> "Transformer":
+        progress = None if weights is None else partial(display, f"packing weights as {weights}")
+        return load(directory, device=device, dtype=dtype, weights=weights, mtp=mtp, progress=progress)
+
+    return shown(fill)
 
 
 def display_name(name: str) -> str:

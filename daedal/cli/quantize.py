@@ -1,4 +1,4 @@
-"""`daedal quantize`: a checkpoint in another number format, its names stock. How, `checkpoint.quantize` knows."""
+"""`daedal quantize`: a checkpoint in another number format. How, `checkpoint.quantize` knows."""
 
 import dataclasses
 import json
@@ -19,14 +19,20 @@ if TYPE_CHECKING:
     from daedal.checkpoint.quantize import QuantizeReport
 
 
-FormatName = Literal["bf16", "fp8", "fp4"]
+FormatName = Literal["bf16", "fp8", "fp4", "int8", "int4"]
 LayoutName = Literal["deepseek", "transformers"]
 
 
 def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's directory, or a name.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory, or a checkpoint to replace.")],
-    to: Annotated[FormatName, typer.Option(help="Number format; fp4 is routed experts in FP4, the rest in FP8.")],
+    to: Annotated[
+        FormatName,
+        typer.Option(
+            help="Number format; fp4 is routed experts in FP4, the rest in FP8. int8 and int4 are packed for Daedal's "
+            "CPU kernels, in no stock layout."
+        ),
+    ],
     layout: Annotated[
         LayoutName | None, typer.Option(help="Names to write; the family's published ones if not given.")
     ] = None,

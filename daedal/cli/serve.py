@@ -21,6 +21,7 @@ from daedal.cli.opening import (
     say,
 )
 from daedal.cli.units import in_bytes
+from daedal.cli.weights import WeightsOption
 
 
 def command(
@@ -30,6 +31,7 @@ def command(
     name: Annotated[str | None, typer.Option(help="What clients call the model; its own name if not given.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "auto",
     cache_gb: CacheOption = None,
     max_context: ContextOption = None,
     chat_format: FormatOption = None,
@@ -46,7 +48,13 @@ def command(
 
     with bind(host, port) as sock:
         opened = open_model(
-            model, device=device, dtype=dtype, limits=limits, chat_format=chat_format, drafting=drafting
+            model,
+            device=device,
+            dtype=dtype,
+            weights=weights,
+            limits=limits,
+            chat_format=chat_format,
+            drafting=drafting,
         )
         if opened.without_chat is not None:
             say(f"no chat, completions only: {opened.without_chat}")

@@ -11,13 +11,16 @@ and are never read. Does not know whose pages these are.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from daedal import shapes
+from daedal import ops, shapes
 from daedal.config import ModelConfig
+from daedal.model.batch import GroupRows
+from daedal.ops.rings import RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
 from daedal.shapes import Slot
 
@@ -85,6 +88,16 @@ class PagedCache:
         return self._pools
 
     @property
+    def slots(self) -> Mapping[tuple[int, str], Slot]:
+        """(layer, slot name) to slot."""
+        return self._slots
+
+    @cached_property
+    def rates(self) -> frozenset[int]:
+        """Tokens of one row on a page, of every slot whose rows stay."""
+        return frozenset(slot.rate for slot in self._slots.values() if not slot.ring)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(pool.nbytes for pools in self._pools.values() for pool in pools.values())
@@ -100,126 +113,87 @@ class PagedCache:
 
         states: the ring of each sequence; by default ring i for sequence i.
         """
+        size = self.page_size
+        written: list[int] = []
         for table, past, count in zip(tables, pasts, counts, strict=True):
-            assert past + count <= len(table) * self.page_size
-        return PagedView(
-            pools=self._pools,
-            slots=self._slots,
-            places=_Places(
-                tables=tuple(tuple(table) for table in tables),
-                pasts=tuple(pasts),
-                counts=tuple(counts),
-                states=tuple(range(len(tables)) if states is None else states),
-                page_size=self.page_size,
-                device=self._device,
-            ),
+            assert past + count <= len(table) * size
+            written.extend(table[place // size] * size + place % size for place in range(past, past + count))
+        totals = [past + count for past, count in zip(pasts, counts, strict=True)]
+        fixed = tuple(tuple(table) for table in tables)
+        places = Places(
+            starts=tuple(accumulate(counts, initial=0)),
+            pasts=tuple(pasts),
+            states=tuple(range(len(tables)) if states is None else states),
+            written_T=torch.tensor(written, dtype=torch.int64, device=self._device),
+            pages={rate: Pages(fixed, tuple(total // rate for total in totals), size // rate) for rate in self.rates},
         )
+        return PagedView(cache=self, places=places)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Places:
+    """Where a step's rows lie, worked out once for all layers.
+
+    starts: the batch's boundaries. pasts, states: each sequence's tokens so far, and its ring. written_T: int64, where
+    each token's row goes among those of a pool, flattened. pages: by the tokens of a row, where all rows lie, those of
+    this batch included.
+    """
+
+    starts: tuple[int, ...]
+    pasts: tuple[int, ...]
+    states: tuple[int, ...]
+    written_T: Tensor
+    pages: Mapping[int, Pages]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens that each sequence brings."""
+        return tuple(end - start for start, end in pairwise(self.starts))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PagedView:
-    """One step's `CacheView`."""
+    """One step's `CacheView`; rows are kept in the pools' dtype. Raises ValueError for slots that the layer lacks."""
 
-    pools: Mapping[int, Mapping[str, Tensor]]
-    slots: Mapping[tuple[int, str], Slot]
-    places: "_Places"
+    cache: PagedCache
+    places: Places
 
-    def extend(self, layer: int, *, rate: int = 1, **slots: Tensor) -> Mapping[str, Rows]:
-        """As `CacheView.extend`; rows are kept in the pools' dtype. ValueError for slots that the layer lacks."""
-        return {name: self._extend(layer, name, rate, rows) for name, rows in slots.items()}
+    def extend(self, layer: int, **slots: Tensor) -> Mapping[str, Rows]:
+        return {name: self._extend(layer, name, rows) for name, rows in slots.items()}
 
-    def _extend(self, layer: int, name: str, rate: int, rows: Tensor) -> Rows:
-        slot = self.slots.get((layer, name))
-        if slot is None or slot.rate != rate:
-            kept = sorted(f"{known.name} (rate {known.rate})" for known in self.slots.values() if known.layer == layer)
-            raise ValueError(f"layer {layer} stores {name!r} at rate {rate}: the cache keeps {', '.join(kept)}")
-        pool = self.pools[layer][name]
-        rows = rows.to(pool.dtype)
-        if slot.ring:
-            return self.places.ring(slot.ring, pool.shape[1]).extend(pool, rows)
-        written, pages = self.places.paged(rate)
-        pool.flatten(0, 1).index_copy_(0, written, rows)
-        return PagedRows(pool, pages)
+    def _extend(self, layer: int, name: str, rows: Tensor) -> PagedRows:
+        self._check(layer, name, "a row for each token")
+        pool = self.cache.pools[layer][name]
+        pool.flatten(0, 1).index_copy_(0, self.places.written_T, rows.to(pool.dtype))
+        return PagedRows(pool, self.places.pages[1])
 
+    def recent(self, layer: int, name: str, rows: Tensor) -> FlatRows | RingRows:
+        slot = self._check(layer, name, "the last rows")
+        pool, places = self.cache.pools[layer][name], self.places
+        rows, counts = rows.to(pool.dtype), places.counts
+        before = RingRows(pool, places.states, places.pasts, tuple(min(past, slot.ring - 1) for past in places.pasts))
+        # Few enough new rows leave those that are still read where they lie; more would overwrite them.
+        fits = slot.ring - 1 + max(counts, default=0) <= pool.shape[1]
+        together = before.grown(counts) if fits else before.followed_by(rows, places.starts)
+        ops.keep_in_ring(rows, places.starts, places.pasts, pool, places.states)
+        return together
 
-class _Places:
-    """Where a step's rows lie, worked out once for all layers."""
+    def groups(self, layer: int, ring: str, entries: str) -> GroupRows:
+        self._check(layer, ring, "the last rows")
+        slot = self._check(layer, entries, "a row for each group")
+        pools = self.cache.pools[layer]
+        return GroupRows(pools[ring], self.places.states, PagedRows(pools[entries], self.places.pages[slot.rate]))
 
-    def __init__(
-        self,
-        *,
-        tables: tuple[tuple[int, ...], ...],
-        pasts: tuple[int, ...],
-        counts: tuple[int, ...],
-        states: tuple[int, ...],
-        page_size: int,
-        device: torch.device,
-    ):
-        self._tables, self._pasts, self._counts, self._states = tables, pasts, counts, states
-        self._page_size, self._device = page_size, device
-        self._paged: dict[int, tuple[Tensor, Pages]] = {}
-        self._rings: dict[tuple[int, int], _Ring] = {}
-
-    def paged(self, rate: int) -> tuple[Tensor, Pages]:
-        """Where new rows of `rate` tokens go, as indices into a pool's rows, and where all rows lie."""
-        if rate not in self._paged:
-            size = self._page_size // rate
-            written: list[int] = []
-            for table, past, count in zip(self._tables, self._pasts, self._counts, strict=True):
-                new = range(past // rate, (past + count) // rate)
-                written.extend(table[row // size] * size + row % size for row in new)
-            totals = (past + count for past, count in zip(self._pasts, self._counts, strict=True))
-            pages = Pages(self._tables, tuple(total // rate for total in totals), size)
-            self._paged[rate] = torch.tensor(written, dtype=torch.int64, device=self._device), pages
-        return self._paged[rate]
-
-    def ring(self, kept: int, size: int) -> "_Ring":
-        """Rings of `size` rows of which `kept`, the newest included, are read."""
-        if (kept, size) not in self._rings:
-            self._rings[kept, size] = _Ring(self._pasts, self._counts, self._states, kept, size, self._device)
-        return self._rings[kept, size]
+    def _check(self, layer: int, name: str, kind: str) -> Slot:
+        slot = self.cache.slots.get((layer, name))
+        if slot is None or _kind(slot) != kind:
+            slots = (known for known in self.cache.slots.values() if known.layer == layer)
+            kept = sorted(f"{known.name} ({_kind(known)})" for known in slots)
+            raise ValueError(f"layer {layer} stores {kind} as {name!r}: the cache keeps {', '.join(kept)}")
+        return slot
 
 
-class _Ring:
-    """Rows of rings: the row of position p lies at p modulo the ring's size."""
-
-    def __init__(
-        self,
-        pasts: tuple[int, ...],
-        counts: tuple[int, ...],
-        states: tuple[int, ...],
-        kept: int,
-        size: int,
-        device: torch.device,
-    ):
-        old: list[int] = []
-        source: list[int] = []
-        target: list[int] = []
-        order: list[int] = []
-        firsts = [max(past - kept + 1, 0) for past in pasts]
-        num_old = sum(past - first for past, first in zip(pasts, firsts, strict=True))
-        token = 0
-        for past, count, state, first in zip(pasts, counts, states, firsts, strict=True):
-            order.extend(range(len(old), len(old) + past - first))
-            order.extend(range(num_old + token, num_old + token + count))
-            old.extend(state * size + position % size for position in range(first, past))
-            stored = range(max(past + count - size, past), past + count)
-            source.extend(position - past + token for position in stored)
-            target.extend(state * size + position % size for position in stored)
-            token += count
-        lengths = (past - first + count for past, count, first in zip(pasts, counts, firsts, strict=True))
-        self.starts = tuple(accumulate(lengths, initial=0))
-        self._old, self._source, self._target, self._order = (
-            torch.tensor(rows, dtype=torch.int64, device=device) for rows in (old, source, target, order)
-        )
-        self._stores_all = len(source) == token
-        self._in_order = len(pasts) == 1
-
-    def extend(self, pool: Tensor, rows: Tensor) -> FlatRows:
-        """Reads what precedes this batch, then stores the batch's rows over what is no longer needed."""
-        flat = pool.flatten(0, 1)
-        together = torch.cat((flat[self._old], rows))
-        if not self._in_order:
-            together = together[self._order]
-        flat.index_copy_(0, self._target, rows if self._stores_all else rows[self._source])
-        return FlatRows(together, self.starts)
+def _kind(slot: Slot) -> str:
+    if slot.ring:
+        return "the last rows"
+    return "a row for each token" if slot.rate == 1 else "a row for each group"

@@ -15,6 +15,7 @@ from daedal.infer.draft_model import ModelDrafter
 from daedal.infer.draft_mtp import MtpDrafter
 from daedal.infer.feeding import feed
 from daedal.infer.memory import Kept, PagePlan
+from daedal.infer.recorded import RecordedSteps
 from daedal.infer.scheduler import Step
 from daedal.infer.speculative import Drafter, Speculation
 
@@ -49,6 +50,7 @@ class Runner:
             for one in kept(model, speculate)
         ]
         self._drafter = None if speculate is None else self._make_drafter(speculate)
+        self._recorded = RecordedSteps(model, self._caches[0], max_pages=-(-plan.context // plan.page_size))
 
     def _make_drafter(self, speculate: Speculation) -> Drafter:
         if speculate.method == "mtp":
@@ -70,6 +72,10 @@ class Runner:
 
     def run(self, step: Step, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """logits_NV at some rows of the step's flat batch, and the states for `follow` if that wants them."""
+        if not isinstance(self._drafter, MtpDrafter) and list(rows) == list(range(len(step.chunks))):
+            logits_BV = self._recorded.run(step.chunks)
+            if logits_BV is not None:
+                return logits_BV, None
         fed, pasts = [chunk.fed for chunk in step.chunks], [chunk.past for chunk in step.chunks]
         batch, view = feed(self._caches[0], step.chunks, fed, pasts, self._model.device)
         rows_N = torch.tensor(rows, dtype=torch.int64, device=self._model.device)

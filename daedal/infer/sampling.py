@@ -77,15 +77,18 @@ class RowSampler:
 
 def check_finite(logits_NV: Tensor) -> None:
     """Raises FloatingPointError if a row of logits has no finite maximum: NaN, +inf, or nothing but -inf."""
-    if logits_NV.shape[0] and not bool(torch.isfinite(logits_NV.amax(dim=-1)).all()):
+    if logits_NV.shape[0] == 0:
+        return
+    # As in `_argmax`, torch's own reduction would take longer, and wake all threads.
+    peaks = logits_NV.numpy().max(-1) if _is_plain(logits_NV) else logits_NV.amax(dim=-1)
+    if not all(map(math.isfinite, peaks.tolist())):
         raise FloatingPointError("the model's logits hold NaN or infinity: no token can be chosen from them")
 
 
 def greedy(logits_NV: Tensor) -> list[int]:
     """The likeliest token of each row, ties to the lowest id. FloatingPointError as `check_finite`."""
     check_finite(logits_NV)
-    chosen: list[int] = logits_NV.argmax(dim=-1).tolist()
-    return chosen
+    return _argmax(logits_NV)
 
 
 def choose(logits_NV: Tensor, samplers: Sequence[RowSampler]) -> list[int]:
@@ -96,7 +99,7 @@ def choose(logits_NV: Tensor, samplers: Sequence[RowSampler]) -> list[int]:
     if any(sampler.adjusts for sampler in samplers):
         pairs = zip(logits_NV, samplers, strict=True)
         logits_NV = torch.stack([sampler.adjusted(logits_V) for logits_V, sampler in pairs])
-    chosen: list[int] = logits_NV.argmax(dim=-1).tolist()
+    chosen = _argmax(logits_NV)
     for row, sampler in enumerate(samplers):
         if sampler.params.temperature >= LEAST_TEMPERATURE:
             chosen[row] = draw(logits_NV[row], sampler.params, sampler.uniform())
@@ -128,6 +131,20 @@ def verify(logits_NV: Tensor, samplers: Sequence[RowSampler], drafts: Sequence[t
         going = still_going
         place += 1
     return chosen
+
+
+def _argmax(logits_NV: Tensor) -> list[int]:
+    """The place of each row's maximum, of equals the first."""
+    if _is_plain(logits_NV):
+        # torch's own search on a CPU takes 20 times as long, 70 for 16 rows.
+        chosen: list[int] = logits_NV.numpy().argmax(-1).tolist()
+        return chosen
+    chosen = logits_NV.argmax(dim=-1).tolist()
+    return chosen
+
+
+def _is_plain(logits_NV: Tensor) -> bool:
+    return logits_NV.device.type == "cpu" and logits_NV.dtype == torch.float32
 
 
 def draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> int:

@@ -15,7 +15,7 @@ from daedal.config import ModelConfig
 from daedal.model.forward_pass import ForwardPass, Turn
 from daedal.model.linear import GroupedLinear, Linear, WideLinear
 from daedal.model.norm import RMSNorm
-from daedal.ops.rows import Rows
+from daedal.ops.rows import FlatRows, Rows
 
 
 def rotate_tail(x_THK: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
@@ -26,37 +26,60 @@ def rotate_tail(x_THK: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 class Pooling(nn.Module):
-    """A compressor: x_TD to one entry of `dim` numbers for each group of `rate` tokens that the batch completes.
+    """A compressor: x_TD to one entry of `dim` numbers for each complete group of `rate` tokens.
 
     overlaps: a group also pools its predecessor, through projections of its own, the first half of each matrix.
-    slot: the cache slot that keeps tokens of groups that are still open.
+    ring, entries: the cache slots of the last tokens' rows and of what is pooled.
     """
 
-    def __init__(self, config: ModelConfig, dim: int, layer: int, *, overlaps: bool, slot: str):
+    def __init__(self, config: ModelConfig, dim: int, layer: int, *, overlaps: bool, ring: str, entries: str):
         super().__init__()
         rate = config.compress_rate(layer)
         assert rate is not None
-        self.layer, self.rate, self.dim, self.overlaps, self.slot = layer, rate, dim, overlaps, slot
+        self.layer, self.rate, self.dim, self.overlaps = layer, rate, dim, overlaps
+        self.ring, self.entries = ring, entries
         width = 2 * dim if overlaps else dim
         self.kv_proj = WideLinear(config.hidden_size, width)
         self.gate_proj = WideLinear(config.hidden_size, width)
         self.position_bias = nn.Parameter(torch.empty(rate, width))
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def pool(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
-        """[N, dim] in x's dtype, normed and rotated to the group's first position."""
-        gate_TW = self.gate_proj(x_TD) + self.position_bias[step.batch.positions_T % self.rate]
-        row_T2W = torch.stack((self.kv_proj(x_TD), gate_TW), 1)
-        rows_S2W = step.cache.extend(self.layer, rate=1, **{self.slot: row_T2W})[self.slot].flatten().rows
-        groups = step.groups(self.rate, 2 * self.rate if self.overlaps else self.rate)
-        kv_NrW, gate_NrW = rows_S2W[groups.places_Nr].unbind(2)
+    def pool(self, x_TD: Tensor, step: ForwardPass) -> Rows:
+        """Each sequence's entries so far, [S, dim], normed and rotated to the first position of their group."""
+        kv_TW, gate_TW = self.kv_proj(x_TD), self.gate_proj(x_TD)
+        kept = step.cache.groups(self.layer, self.ring, self.entries)
+        if kept is None:
+            return self._pool_whole(kv_TW, gate_TW, step, x_TD.dtype)
+        cos_TC, sin_TC = step.turn(compressed=True, rate=self.rate)
+        ops.pool_groups(
+            kv_TW,
+            gate_TW,
+            self.position_bias,
+            self.kv_norm.weight,
+            cos_TC,
+            sin_TC,
+            step.batch.starts,
+            step.batch.pasts,
+            kept.ring,
+            kept.states,
+            kept.entries,
+            eps=self.kv_norm.eps,
+            overlaps=self.overlaps,
+        )
+        return kept.entries
+
+    def _pool_whole(self, kv_TW: Tensor, gate_TW: Tensor, step: ForwardPass, dtype: torch.dtype) -> FlatRows:
+        """`ops.pool_groups` of whole sequences, with gradients: nothing is stored."""
+        groups = step.groups(self.rate)
+        gate_TW = gate_TW + self.position_bias[step.batch.positions_T % self.rate]
+        kv_NrW, gate_NrW = kv_TW[groups.places_Nr], gate_TW[groups.places_Nr]
         if self.overlaps:
-            kv_before, gate_before = rows_S2W[groups.before_Nr][..., : self.dim].unbind(2)
+            kv_before, gate_before = kv_TW[groups.before_Nr, : self.dim], gate_TW[groups.before_Nr, : self.dim]
             gate_before = gate_before.masked_fill(groups.is_first_N[:, None, None], float("-inf"))
             kv_NrW = torch.cat((kv_before, kv_NrW[..., self.dim :]), 1)
             gate_NrW = torch.cat((gate_before, gate_NrW[..., self.dim :]), 1)
         pooled_NK = self.kv_norm((kv_NrW * gate_NrW.softmax(1)).sum(1))
-        return rotate_tail(pooled_NK.unsqueeze(1), *groups.turn).squeeze(1).to(x_TD.dtype)
+        return FlatRows(rotate_tail(pooled_NK.unsqueeze(1), *groups.turn).squeeze(1).to(dtype), groups.starts)
 
 
 class Scorer(nn.Module):
@@ -80,16 +103,16 @@ class EntryIndexer(Pooling):
         assert config.index_n_heads is not None
         assert config.index_head_dim is not None
         assert config.index_topk is not None
-        super().__init__(config, config.index_head_dim, layer, overlaps=True, slot="index_compressor")
+        super().__init__(
+            config, config.index_head_dim, layer, overlaps=True, ring="index_compressor", entries="index_key"
+        )
         self.heads, self.count = config.index_n_heads, config.index_topk
         self.q_b_proj = Linear(config.q_lora_rank, self.heads * self.dim, bias=False)
         self.scorer = Scorer(config)
 
-    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor | None:
-        """chosen_TA, or None where no sequence has more than `count` entries."""
-        keys = step.cache.extend(self.layer, rate=self.rate, index_key=self.pool(x_TD, step))["index_key"]
-        if max(keys.lengths, default=0) <= self.count:
-            return None
+    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor:
+        """chosen_TA. A query with no more than `count` entries chooses them all."""
+        keys = self.pool(x_TD, step)
         q_TIK = rotate_tail(self.q_b_proj(query_TL).unflatten(-1, (self.heads, self.dim)), *step.turn(compressed=True))
         weights_TI = self.scorer(x_TD) * (self.heads * self.dim) ** -0.5
         batch = step.batch
@@ -97,14 +120,14 @@ class EntryIndexer(Pooling):
 
 
 class Compressor(Pooling):
-    """The entries of a layer, and which of them each query reads."""
+    """The entries of a layer, and which of them each query reads; None for all."""
 
     def __init__(self, config: ModelConfig, layer: int, *, overlaps: bool):
-        super().__init__(config, config.head_dim, layer, overlaps=overlaps, slot="compressor")
+        super().__init__(config, config.head_dim, layer, overlaps=overlaps, ring="compressor", entries="entry")
         self.indexer = EntryIndexer(config, layer) if overlaps else None
 
     def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Rows, Tensor | None]:
-        entries = step.cache.extend(self.layer, rate=self.rate, entry=self.pool(x_TD, step))["entry"]
+        entries = self.pool(x_TD, step)
         return entries, None if self.indexer is None else self.indexer(x_TD.detach(), query_TL.detach(), step)
 
 
@@ -143,7 +166,7 @@ class CompressedAttention(nn.Module):
         query_TL = self.q_a_norm(self.q_a_proj(x_TD))
         q_THK = self._queries(query_TL, turn)
         row_T1K = self.kv_norm(self.kv_proj(x_TD)).unsqueeze(1)
-        window = step.cache.extend(self.layer, window=rotate_tail(row_T1K, *turn).squeeze(1))["window"]
+        window = step.cache.recent(self.layer, "window", rotate_tail(row_T1K, *turn).squeeze(1))
         entries, chosen_TA = (None, None) if self.compressor is None else self.compressor(x_TD, query_TL, step)
         o_THK = ops.sparse_attention(
             q_THK,

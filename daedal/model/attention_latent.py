@@ -20,9 +20,54 @@ from daedal.config import ModelConfig
 from daedal.model.forward_pass import ForwardPass
 from daedal.model.linear import Linear
 from daedal.model.norm import RMSNorm
+from daedal.ops.packed import PANEL, Packed
 from daedal.ops.rows import FlatRows, Rows
 
 LATENT_NORM_EPS = 1e-6  # the latents' norms keep this value in every release, whatever rms_norm_eps says
+
+
+class Expansion(Linear):
+    """Latents to the keys and values of all heads, and, for the absorbed form, its parts by head.
+
+    weight: [H (N + V), L]. Packed, it is three stacks in its place: keys [H, N, L], values [H, V, L], and folded
+    [H, L, N], the keys transposed.
+    """
+
+    keys: Packed | None = None
+    values: Packed | None = None
+    folded: Packed | None = None
+
+    def __init__(self, latent: int, heads: int, nope: int, value: int):
+        super().__init__(latent, heads * (nope + value), bias=False)
+        self.heads, self.nope, self.value = heads, nope, value
+
+    def expand(self, latent_SL: Tensor) -> tuple[Tensor, Tensor]:
+        """k_SHN and v_SHV."""
+        if self.keys is None or self.values is None:
+            k_SHN, v_SHV = self(latent_SL).unflatten(-1, (self.heads, -1)).split((self.nope, self.value), -1)
+            return k_SHN, v_SHV
+        return _all_heads(latent_SL, self.keys), _all_heads(latent_SL, self.values)
+
+    def fold(self, q_THN: Tensor) -> Tensor:
+        """q_THL: the key expansion taken into the query."""
+        return ops.grouped_linear(q_THN, self.folded or self._parts()[0].transpose(1, 2))
+
+    def unfold(self, o_THL: Tensor) -> Tensor:
+        """o_THV: values from attended latents."""
+        return ops.grouped_linear(o_THL, self.values or self._parts()[1])
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Per head, from the latent to its keys and to its values: [H, N, L] and [H, V, L]."""
+        keys_HNL, values_HVL = self.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
+        return keys_HNL, values_HVL
+
+
+def _all_heads(latent_SL: Tensor, stack: Packed) -> Tensor:
+    """[S, H, N]: every latent through every matrix of a stack [H, N, L]."""
+    if stack.rows % PANEL == 0:
+        expanded_SHN: Tensor = ops.linear(latent_SL, stack.joined()).unflatten(-1, (stack.count, -1))
+        return expanded_SHN
+    return ops.grouped_linear(latent_SL.unsqueeze(1).expand(-1, stack.count, -1), stack)
 
 
 class LatentAttention(nn.Module):
@@ -49,7 +94,7 @@ class LatentAttention(nn.Module):
         self.has_query_latent = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(self.latent, self.num_heads * (self.nope + self.value), bias=False)
+        self.kv_b_proj = Expansion(self.latent, self.num_heads, self.nope, self.value)
         self.o_proj = Linear(self.num_heads * self.value, hidden, bias=bias)
 
     def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
@@ -71,8 +116,8 @@ class LatentAttention(nn.Module):
         """Which rows each query reads, as `ops.choose_entries` says; None for all."""
         return None
 
-    def reads_chosen(self, num_keys: int) -> bool:
-        """Whether a sequence of so many keys has more than its queries read."""
+    def reads_chosen(self, num_new: int, num_keys: int) -> bool:
+        """Whether `num_new` queries on `num_keys` keys read only those that `choose` names."""
         return False
 
     def absorbs(self, num_new: int, num_keys: int) -> bool:
@@ -97,7 +142,7 @@ class LatentAttention(nn.Module):
         return o_THV
 
     def _form(self, past: int, num_new: int) -> Callable[["Part"], Tensor]:
-        if self.reads_chosen(past + num_new):
+        if self.reads_chosen(num_new, past + num_new):
             return self.sparse
         return self.absorbed if self.absorbs(num_new, past + num_new) else self.naive
 
@@ -105,8 +150,7 @@ class LatentAttention(nn.Module):
         """Expands every latent row into the keys and values of all heads (V2, equations 9 to 15)."""
         flat = part.rows.flatten()
         latent_SL, k_SR = flat.rows.split((self.latent, self.rope), -1)
-        expanded_SHC = self.kv_b_proj(latent_SL).unflatten(-1, (self.num_heads, -1))
-        k_SHN, v_SHV = expanded_SHC.split((self.nope, self.value), -1)
+        k_SHN, v_SHV = self.kv_b_proj.expand(latent_SL)
         k_SHK = torch.cat((k_SHN, k_SR.unsqueeze(1).expand(-1, self.num_heads, -1)), -1)
         q_THK = torch.cat((part.q_THN, part.q_THR), -1)
         keys, values = FlatRows(k_SHK, flat.starts), FlatRows(v_SHV, flat.starts)
@@ -115,7 +159,8 @@ class LatentAttention(nn.Module):
     def absorbed(self, part: "Part") -> Tensor:
         """Attends on the latent rows as one key head that is its own value (V2, section 2.1.2, last paragraph)."""
         q_THC = self._fold_query(part)
-        return self._unfold(ops.attention(q_THC, part.starts, part.rows, self.latent, scale=self.scale))
+        o_THL = ops.attention(q_THC, part.starts, part.rows, self.latent, scale=self.scale)
+        return self.kv_b_proj.unfold(o_THL)
 
     def sparse(self, part: "Part") -> Tensor:
         """As `absorbed`, on the chosen rows alone (V3.2, section 2)."""
@@ -132,23 +177,10 @@ class LatentAttention(nn.Module):
             rate=1,
             span=0,
         )
-        return self._unfold(o_THL)
+        return self.kv_b_proj.unfold(o_THL)
 
     def _fold_query(self, part: "Part") -> Tensor:
-        q_THL = torch.matmul(part.q_THN.transpose(0, 1), self._expansion[0]).transpose(0, 1)
-        return torch.cat((q_THL, part.q_THR), -1)
-
-    def _unfold(self, o_THL: Tensor) -> Tensor:
-        # Weights on the left: on the right they would be copied first, being a slice of the expansion.
-        return torch.matmul(self._expansion[1], o_THL.permute(1, 2, 0)).permute(2, 0, 1)
-
-    @property
-    def _expansion(self) -> tuple[Tensor, Tensor]:
-        """Per head, from the latent to its keys and to its values: [H, N, L] and [H, V, L]."""
-        keys_HNL, values_HVL = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
-            (self.nope, self.value), 1
-        )
-        return keys_HNL, values_HVL
+        return torch.cat((self.kv_b_proj.fold(part.q_THN), part.q_THR), -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,14 @@
 """DeepSeek Sparse Attention (DSA) of V3.2: latent attention that reads only the rows an indexer chooses.
 
 The lightning indexer scores every past token with a few small heads and keeps the best `index_topk` (V3.2, section 2).
-A sequence that is no longer than that reads everything, in whichever form of MLA is cheaper. The published engine
-rotates the indexer's queries and keys by a Hadamard matrix before FP8; dot products are the same without, as
-transformers computes them. The indexer's own rotation covers the first numbers of each head, as halves and not as
-pairs: the one place where this model line does so.
+A prompt that is no longer than that reads everything, in whichever form of MLA is cheaper; a single new token always
+reads what is chosen, so that a decode step is the same at every length. The published engine rotates the indexer's
+queries and keys by a Hadamard matrix before FP8; dot products are the same without, as transformers computes them. The
+indexer's own rotation covers the first numbers of each head, as halves and not as pairs: the one place where this model
+line does so.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from daedal import ops
@@ -21,7 +21,7 @@ KEY_NORM_EPS = 1e-6
 
 
 class KeyNorm(nn.Module):
-    """Layer normalisation with weight and bias, in float32 inside."""
+    """Layer normalisation with weight and bias, in float32 inside: an RMS norm of what differs from the mean."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -30,8 +30,10 @@ class KeyNorm(nn.Module):
 
     def forward(self, x_TK: Tensor) -> Tensor:
         wide = torch.float64 if x_TK.dtype == torch.float64 else torch.float32
-        weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return F.layer_norm(x_TK.to(wide), weight.shape, weight, bias, KEY_NORM_EPS).to(x_TK.dtype)
+        x_wide, dim = x_TK.to(wide), x_TK.shape[-1]
+        mean_T1 = ops.linear(x_wide, torch.full((1, dim), 1 / dim, dtype=wide, device=x_TK.device))
+        normed_TK = ops.rms_norm(x_wide - mean_T1, self.weight.to(wide), KEY_NORM_EPS)
+        return (normed_TK + self.bias.to(wide)).to(x_TK.dtype)
 
 
 class TokenIndexer(nn.Module):
@@ -51,12 +53,10 @@ class TokenIndexer(nn.Module):
         self.k_norm = KeyNorm(self.dim)
         self.weights_proj = WideLinear(config.hidden_size, self.heads)
 
-    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor | None:
-        """chosen_TA, or None where no sequence has more than `count` tokens."""
+    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor:
+        """chosen_TA. A query that sees no more than `count` tokens chooses them all."""
         k_T1K = self._rotate(self.k_norm(self.wk(x_TD)).unsqueeze(1), step)
         keys = step.cache.extend(self.layer, index_key=k_T1K.squeeze(1))["index_key"]
-        if max(keys.lengths, default=0) <= self.count:
-            return None
         q_TIK = self._rotate(self.wq_b(query_TL).unflatten(-1, (self.heads, self.dim)), step)
         weights_TI = self.weights_proj(x_TD) * (self.heads * self.dim) ** -0.5
         batch = step.batch
@@ -74,9 +74,9 @@ class IndexedAttention(LatentAttention):
         super().__init__(config, layer)
         self.indexer = TokenIndexer(config, layer)
 
-    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor | None:
-        chosen_TA: Tensor | None = self.indexer(x_TD.detach(), query_TL.detach(), step)
+    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor:
+        chosen_TA: Tensor = self.indexer(x_TD.detach(), query_TL.detach(), step)
         return chosen_TA
 
-    def reads_chosen(self, num_keys: int) -> bool:
-        return num_keys > self.indexer.count
+    def reads_chosen(self, num_new: int, num_keys: int) -> bool:
+        return num_new == 1 or num_keys > self.indexer.count

@@ -7,13 +7,14 @@ layer ever asks the device for a length. Paging is hidden behind `CacheView`; la
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from daedal.ops.rows import FlatRows, Rows
+from daedal.ops.rings import RingRows
+from daedal.ops.rows import FlatRows, PagedRows, Rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,16 +69,40 @@ class RaggedBatch:
         """Tokens that each sequence brings."""
         return tuple(end - start for start, end in pairwise(self.starts))
 
+    def group_starts(self, rate: int) -> Tensor:
+        """int64: for each token the first position of its own group of `rate` tokens."""
+        return self.positions_T - self.positions_T % rate
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRows:
+    """Where a compressor keeps what it makes of groups of tokens, as `ops.pool_groups` takes it.
+
+    ring: [states, N, 2, W], rows of the last tokens; states: each sequence's ring. entries: one row for each group, those
+    that this batch completes included; these are not written yet.
+    """
+
+    ring: Tensor
+    states: tuple[int, ...]
+    entries: PagedRows
+
 
 class CacheView(Protocol):
     """The cache as one forward pass sees it: the sequences of its batch, in the batch's order."""
 
-    def extend(self, layer: int, *, rate: int = 1, **slots: Tensor) -> Mapping[str, Rows]:
-        """Stores rows under the slot names of `shapes.cache`, and gives back what the layer may read of those slots.
+    def extend(self, layer: int, **slots: Tensor) -> Mapping[str, Rows]:
+        """Stores a row for each token, [T, *slot shape], under the slot names of `shapes.cache`, and gives back all
+        rows of those slots so far, these included.
+        """
 
-        rate: tokens of one row. At 1 each slot brings [T, *slot shape]; above 1 a row for each group of `rate` tokens
-        that this batch completes, sequence after sequence. Back come all rows so far, these included; of a ring slot
-        its last n - 1 rows from before this batch, as far as there are any, and then these.
+    def recent(self, layer: int, name: str, rows: Tensor) -> FlatRows | RingRows:
+        """The same for a slot of which only the last n rows are ever read: back come its last n - 1 from before this
+        batch, as far as there are any, and then these.
+        """
+
+    def groups(self, layer: int, ring: str, entries: str) -> GroupRows | None:
+        """Where a compressor's rows and entries go, by their slot names. None where sequences are whole: there they are
+        pooled at once, and nothing is kept.
         """
 
 
@@ -88,8 +113,11 @@ class Uncached:
         assert not any(batch.pasts)
         self._batch = batch
 
-    def extend(self, layer: int, *, rate: int = 1, **slots: Tensor) -> Mapping[str, Rows]:
-        starts = self._batch.starts
-        if rate > 1:
-            starts = tuple(accumulate((count // rate for count in self._batch.counts), initial=0))
-        return {name: FlatRows(rows, starts) for name, rows in slots.items()}
+    def extend(self, layer: int, **slots: Tensor) -> Mapping[str, Rows]:
+        return {name: FlatRows(rows, self._batch.starts) for name, rows in slots.items()}
+
+    def recent(self, layer: int, name: str, rows: Tensor) -> FlatRows:
+        return FlatRows(rows, self._batch.starts)
+
+    def groups(self, layer: int, ring: str, entries: str) -> None:
+        return None

@@ -6,6 +6,7 @@ per step, so that no layer asks the device for a length.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,17 +20,17 @@ Turn = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
-    """The groups of `rate` tokens that a batch completes, N of them, sequence after sequence.
+    """The complete groups of `rate` tokens of whole sequences, N of them, sequence after sequence.
 
-    places_Nr: for each token of a group its row among the rows that a ring slot gives back. before_Nr: the same for the
-    group before it; of a sequence's first group, that group's own rows. is_first_N: which these are. turn: angles of
-    each group's first position.
+    places_Nr: each group's tokens, in T. before_Nr: those of the group before it; of a sequence's first group, its own.
+    is_first_N: which these are. turn: angles of each group's first position. starts: the sequences' boundaries in N.
     """
 
     places_Nr: Tensor
     before_Nr: Tensor
     is_first_N: Tensor
     turn: Turn
+    starts: tuple[int, ...]
 
 
 class ForwardPass:
@@ -39,40 +40,37 @@ class ForwardPass:
         self.batch = batch
         self.cache = Uncached(batch) if cache is None else cache
         self._config = config
-        self._turns: dict[bool, Turn] = {}
-        self._groups: dict[tuple[int, int], Groups] = {}
+        self._turns: dict[tuple[bool, int], Turn] = {}
+        self._groups: dict[int, Groups] = {}
 
-    def turn(self, *, compressed: bool = False) -> Turn:
-        """cos_TC and sin_TC of the tokens' positions; compressed: for V4's layers with entries."""
-        if compressed not in self._turns:
-            self._turns[compressed] = self._angles(self.batch.positions_T, compressed)
-        return self._turns[compressed]
+    def turn(self, *, compressed: bool = False, rate: int = 1) -> Turn:
+        """cos_TC and sin_TC of the tokens' positions. compressed: for V4's layers with entries. rate: of the first
+        position of each token's own group of so many tokens.
+        """
+        if (compressed, rate) not in self._turns:
+            positions_T = self.batch.positions_T if rate == 1 else self.batch.group_starts(rate)
+            self._turns[compressed, rate] = self._angles(positions_T, compressed)
+        return self._turns[compressed, rate]
 
-    def groups(self, rate: int, kept: int) -> Groups:
-        """The complete groups of `rate` tokens, among rows of a ring that keeps `kept`, the newest included."""
-        if (rate, kept) not in self._groups:
-            self._groups[rate, kept] = self._find_groups(rate, kept)
-        return self._groups[rate, kept]
+    def groups(self, rate: int) -> Groups:
+        """The complete groups of `rate` tokens; for whole sequences, which have no past."""
+        if rate not in self._groups:
+            self._groups[rate] = self._find_groups(rate)
+        return self._groups[rate]
 
-    def _find_groups(self, rate: int, kept: int) -> Groups:
-        none = torch.arange(0)  # a batch may have no sequence
-        places, before, first, positions = [none], [none], [none == 0], [none]
-        base = 0
-        for past, count in zip(self.batch.pasts, self.batch.counts, strict=True):
-            num_old = min(past, kept - 1)
-            starts_N = torch.arange(past // rate, (past + count) // rate) * rate
-            places.append(base + starts_N - (past - num_old))
-            before.append(places[-1] - torch.where(starts_N > 0, rate, 0))
-            first.append(starts_N == 0)
-            positions.append(starts_N)
-            base += num_old + count
+    def _find_groups(self, rate: int) -> Groups:
         device = self.batch.positions_T.device
-        offsets_r = torch.arange(rate)
+        spans = [range(start, end - rate + 1, rate) for start, end in pairwise(self.batch.starts)]
+        starts_N = torch.tensor([start for span in spans for start in span], dtype=torch.int64, device=device)
+        offsets_r = torch.arange(rate, device=device)
+        positions_N = self.batch.positions_T[starts_N]
+        before_N = starts_N - torch.where(positions_N > 0, rate, 0)
         return Groups(
-            places_Nr=(torch.cat(places)[:, None] + offsets_r).to(device),
-            before_Nr=(torch.cat(before)[:, None] + offsets_r).to(device),
-            is_first_N=torch.cat(first).to(device),
-            turn=self._angles(torch.cat(positions).to(device), True),
+            places_Nr=starts_N[:, None] + offsets_r,
+            before_Nr=before_N[:, None] + offsets_r,
+            is_first_N=positions_N == 0,
+            turn=self._angles(positions_N, True),
+            starts=tuple(accumulate(map(len, spans), initial=0)),
         )
 
     def _angles(self, positions_T: Tensor, compressed: bool) -> Turn:

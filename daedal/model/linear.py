@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from daedal import ops
+from daedal.ops.packed import Packed
 
 
 class Linear(nn.Linear):
@@ -32,4 +33,7 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(groups * rows, columns))
 
     def forward(self, x_TGC: Tensor) -> Tensor:
-        return ops.grouped_linear(x_TGC, self.weight.unflatten(0, (self.groups, -1))).flatten(1)
+        weight: Tensor | Packed = self.weight
+        if isinstance(weight, Tensor):
+            weight = weight.unflatten(0, (self.groups, -1))
+        return ops.grouped_linear(x_TGC, weight).flatten(1)

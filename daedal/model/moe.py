@@ -7,7 +7,6 @@ parameter. Dropless: every token reaches all of its experts.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from daedal import ops
@@ -46,7 +45,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        wide = x_TD.float()
+        logits_TE = ops.linear(wide, self.weight.to(wide.dtype))
         return ops.route(
             logits_TE,
             self.e_score_correction_bias,

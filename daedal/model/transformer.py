@@ -16,6 +16,7 @@ from daedal.model.hyper_connections import HyperHead
 from daedal.model.layers import HyperLayer, Layer
 from daedal.model.mtp import Draft, HyperDraft
 from daedal.model.norm import RMSNorm
+from daedal.ops.packed import Packed
 
 
 class Transformer(nn.Module):
@@ -106,7 +107,8 @@ class Transformer(nn.Module):
     def head(self, hidden_TD: Tensor) -> Tensor:
         """Normed hidden states to logits_TV in float32, never rounded to fewer bits in between (float64 stays)."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return ops.linear(hidden_TD.to(wide), self._wide_head(wide))
+        weight: Tensor | Packed = self.lm_head.weight
+        return ops.linear(hidden_TD.to(wide), weight if isinstance(weight, Packed) else self._wide_head(wide))
 
     def _wide_head(self, dtype: torch.dtype) -> Tensor:
         """The head's weights in `dtype`. While gradients are off a widened copy is kept, until the weights change.

@@ -2,16 +2,28 @@
 
 A declaration gives the typed signature, shapes (letters as in docs/shapes.md), tie-breaks and the meaning of empty
 input. `reference.py` is the arithmetic in plain PyTorch, and the truth; backends register faster versions. All ops are
-differentiable in their floating-point inputs. Knows nothing of models or layers.
+differentiable in their floating-point inputs. Where weights may be `Packed`, they stand for the numbers of `dense()`,
+and a backend may round activations as its units need: to bfloat16, or to eight bits per group of columns; the reference
+does not round. Knows nothing of models or layers.
 """
 
 from torch import Tensor
 
+from daedal.ops.backends.cpu.program import Program, missing
+from daedal.ops.backends.cpu.tracing import trace
+from daedal.ops.packed import Packed
 from daedal.ops.registry import REGISTRY, Choice
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
 
 explain = REGISTRY.explain
 using = REGISTRY.using
+
+
+def unrecordable() -> str | None:
+    """Why no forward pass can be recorded with `trace` here and now; None where one may be tried."""
+    if REGISTRY.forced not in (None, "cpu"):
+        return f"backend {REGISTRY.forced} is forced"
+    return missing()
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
@@ -22,13 +34,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     return result
 
 
-def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def linear(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | None = None) -> Tensor:
     """x weight^T + bias over the last axis, accumulated in float32 at least, result in x's dtype. T may be 0."""
     result: Tensor = REGISTRY.call("linear", x_TD, weight_FD, bias_F)
     return result
 
 
-def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor) -> Tensor:
+def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor | Packed) -> Tensor:
     """A block-diagonal projection: group g of x times its own matrix. Returns [T, G, F] in x's dtype (V4, 2.3)."""
     result: Tensor = REGISTRY.call("grouped_linear", x_TGC, weight_GFC)
     return result
@@ -192,8 +204,8 @@ def experts(
     x_TD: Tensor,
     ids_TA: Tensor,
     weights_TA: Tensor,
-    gate_up_EFD: Tensor,
-    down_EDF: Tensor,
+    gate_up_EFD: Tensor | Packed,
+    down_EDF: Tensor | Packed,
     *,
     limit: float | None = None,
 ) -> Tensor:
@@ -211,14 +223,22 @@ from daedal.ops import reference  # noqa: E402, F401  isort: skip
 from daedal.ops import reference_sparse  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_sparse  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import attention as _attention  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import experts as _experts  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import hyper as _hyper  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import linear as _linear  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import rows as _rows  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import sparse as _sparse  # noqa: E402, F401  isort: skip
 
 REGISTRY.check_environment()
 
 __all__ = [
     "Choice",
     "FlatRows",
+    "Packed",
     "PagedRows",
     "Pages",
+    "Program",
     "Rows",
     "attention",
     "choose_entries",
@@ -233,5 +253,7 @@ __all__ = [
     "route",
     "sparse_attention",
     "swiglu",
+    "trace",
+    "unrecordable",
     "using",
 ]

@@ -71,7 +71,7 @@ def quantise_blocks(weight_NK: Tensor, block: tuple[int, int], *, power_of_two: 
     *_, rows, columns = weight_NK.shape
     padding = (0, -columns % block[1], 0, -rows % block[0])
     padded = F.pad(weight_NK.float(), padding).unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
-    largest_bk = _finite(padded.abs().amax((-3, -1)))
+    largest_bk = finite(padded.abs().amax((-3, -1)))
     if power_of_two:
         scale_bk = _power_above(largest_bk, *_FP8_FREXP)
     else:
@@ -115,7 +115,7 @@ def quantise_fp4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     if columns % FP4_GROUP:
         raise CheckpointError(f"the weights have {columns} columns: FP4 needs a multiple of {FP4_GROUP}, use fp8")
     grouped = weight_NK.float().unflatten(-1, (-1, FP4_GROUP))
-    scale = _power_above(_finite(grouped.abs().amax(-1)), *_FP4_FREXP)
+    scale = _power_above(finite(grouped.abs().amax(-1)), *_FP4_FREXP)
     return pack_fp4(_nearest_fp4(grouped / scale.unsqueeze(-1)).flatten(-2)), scale
 
 
@@ -156,7 +156,8 @@ def _power_above(largest: Tensor, mantissa: float, exponent: int) -> Tensor:
     return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), power), 1.0)
 
 
-def _finite(largest: Tensor) -> Tensor:
+def finite(largest: Tensor) -> Tensor:
+    """The largest magnitudes of weights, checked. CheckpointError for infinities and NaN."""
     if not torch.isfinite(largest).all():
         raise CheckpointError("the weights hold infinities or NaN, which cannot be quantised: repair them first")
     return largest

@@ -112,6 +112,16 @@ class Packed:
         dense = torch.stack([_unpack(matrix, self.format, self.columns) for matrix in matrices])
         return dense[:, : self.rows].reshape(self.shape).to(dtype)
 
+    def __getitem__(self, index: int) -> "Packed":
+        """One member of the first leading axis: the same memory."""
+        members = self.data.unflatten(0, (self.shape[0], -1))
+        return Packed(members[index], self.format, self.shape[1:])
+
+    def joined(self) -> "Packed":
+        """A stack [G, N, K] as one matrix [G N, K]: the same memory. N is a whole number of panels."""
+        assert self.rows % PANEL == 0
+        return replace(self, shape=(self.count * self.rows, self.columns))
+
     def stacked(self, *leading: int) -> "Packed":
         """The same matrices under other leading sizes."""
         return replace(self, shape=(*leading, *self.shape[-2:]))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daedal.ops.packed import Packed
 from daedal.ops.registry import REFERENCE, REGISTRY
 from daedal.ops.rows import FlatRows, Rows
 
@@ -22,14 +23,16 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
 
 
 @REGISTRY.register("linear", REFERENCE)
-def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    y_TF = wide(x_TD) @ wide(weight_FD).T
+def linear(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | None) -> Tensor:
+    x = wide(x_TD)
+    y_TF = x @ dense(weight_FD, x).T
     return (y_TF if bias_F is None else y_TF + bias_F).to(x_TD.dtype)
 
 
 @REGISTRY.register("grouped_linear", REFERENCE)
-def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor) -> Tensor:
-    return torch.einsum("tgc,gfc->tgf", wide(x_TGC), wide(weight_GFC)).to(x_TGC.dtype)
+def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor | Packed) -> Tensor:
+    x = wide(x_TGC)
+    return torch.einsum("tgc,gfc->tgf", x, dense(weight_GFC, x)).to(x_TGC.dtype)
 
 
 @REGISTRY.register("rotary", REFERENCE)
@@ -104,13 +107,20 @@ def route(
 
 @REGISTRY.register("experts", REFERENCE)
 def experts(
-    x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, *, limit: float | None
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_EFD: Tensor | Packed,
+    down_EDF: Tensor | Packed,
+    *,
+    limit: float | None,
 ) -> Tensor:
     total = torch.zeros_like(wide(x_TD))
     for expert in range(gate_up_EFD.shape[0]):
         tokens, place = (ids_TA == expert).nonzero(as_tuple=True)
-        gate, up = (x_TD[tokens] @ gate_up_EFD[expert].T).chunk(2, -1)
-        result = swiglu(gate, up, limit=limit) @ down_EDF[expert].T
+        gate_up_FD, down_DF = dense(gate_up_EFD[expert], x_TD), dense(down_EDF[expert], x_TD)
+        gate, up = (x_TD[tokens] @ gate_up_FD.T).chunk(2, -1)
+        result = swiglu(gate, up, limit=limit) @ down_DF.T
         total = total.index_add(0, tokens, wide(result) * weights_TA[tokens, place].unsqueeze(-1))
     return total.to(x_TD.dtype)
 
@@ -127,6 +137,11 @@ def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """float32 at least; float64 stays, so that tests can check against it."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def dense(weight: Tensor | Packed, like: Tensor) -> Tensor:
+    """A weight as numbers, in `like`'s dtype."""
+    return weight.dense(like.dtype) if isinstance(weight, Packed) else weight.to(like.dtype)
 
 
 def _heads(rows: Tensor) -> Tensor:

@@ -108,6 +108,11 @@ class Registry:
         return choices
 
     @property
+    def forced(self) -> str | None:
+        """The backend that the environment or `using` forces."""
+        return self._forced.get()
+
+    @property
     def ops(self) -> tuple[str, ...]:
         return tuple(self._candidates)
 

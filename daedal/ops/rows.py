@@ -38,7 +38,7 @@ class FlatRows:
 
     def select(self, indices: Sequence[int]) -> "FlatRows":
         """The rows of some sequences, side by side."""
-        return _side_by_side([self.sequence(index) for index in indices])
+        return side_by_side([self.sequence(index) for index in indices])
 
     def flatten(self) -> "FlatRows":
         return self
@@ -64,6 +64,19 @@ class Pages:
     def used(self, index: int) -> tuple[int, ...]:
         """The pages of a sequence that hold tokens."""
         return self.tables[index][: -(-self.lengths[index] // self.page_size)]
+
+    @cached_property
+    def table_BP(self) -> Tensor:
+        """int32: each sequence's pages, padded with 0; what kernels that walk pages themselves read."""
+        table_BP = torch.zeros((len(self.tables), max(map(len, self.tables), default=0)), dtype=torch.int32)
+        for row, table in enumerate(self.tables):
+            table_BP[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        return table_BP
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        """int32: each sequence's rows."""
+        return torch.tensor(self.lengths, dtype=torch.int32)
 
     @cached_property
     def positions(self) -> tuple[Tensor, ...]:
@@ -100,6 +113,29 @@ class Pages:
         return index_BS, hidden_BS
 
 
+class Unrecordable(Exception):
+    """A forward pass cannot be recorded for later steps; the message names what stands in the way."""
+
+
+class MovingPages(Pages):
+    """Pages of a recorded step, which kernels read from tensors that are filled anew for every step.
+
+    table_BP: int32, wide enough for any later step. What would be known on the host of one step alone is refused.
+    """
+
+    def __init__(self, table_BP: Tensor, lengths_B: Tensor, page_size: int):
+        fixed = {"table_BP": table_BP, "lengths_B": lengths_B, "page_size": page_size}
+        self.__dict__.update(fixed)
+
+    @property
+    def tables(self) -> tuple[tuple[int, ...], ...]:
+        raise Unrecordable("page tables are read on the host")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        raise Unrecordable("lengths are read on the host")
+
+
 @dataclass(frozen=True, eq=False)
 class PagedRows:
     """`pool`: [P, N, ...], P pages of N tokens, and where its sequences lie."""
@@ -108,7 +144,7 @@ class PagedRows:
     pages: Pages
 
     def __len__(self) -> int:
-        return len(self.pages.lengths)
+        return self.pages.lengths_B.shape[0]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -136,7 +172,7 @@ class PagedRows:
 
     def flatten(self) -> FlatRows:
         """The rows of all sequences side by side; a copy unless there is one sequence and it lies contiguous."""
-        return _side_by_side([self.sequence(index) for index in range(len(self))])
+        return side_by_side([self.sequence(index) for index in range(len(self))])
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """(rows [B, S, ...], hidden_BS): a copy of all rows, short sequences padded to the longest."""
@@ -147,7 +183,8 @@ class PagedRows:
 Rows = FlatRows | PagedRows
 
 
-def _side_by_side(parts: list[Tensor]) -> FlatRows:
+def side_by_side(parts: list[Tensor]) -> FlatRows:
+    """Each part a sequence; of one no copy is made."""
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + part.shape[0])

@@ -249,10 +249,10 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-def test_formats_that_do_not_exist_yet_are_refused(tmp_path: Path) -> None:
+def test_formats_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, "llama")
-    with pytest.raises(ConfigError, match="int8"):
-        load(tmp_path, weights="int8")
+    with pytest.raises(ConfigError, match="weights is 'int3'"):
+        load(tmp_path, weights="int3")
 
 
 def test_without_a_dtype_the_files_decide_and_not_what_config_declares(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_strangers_files_stay_and_what_a_killed_process_left_goes(tmp_path: Path
         ("deepseek_v32", "fp4", "deepseek_v32 is published in bf16 and fp8"),
         ("llama", "fp8", "llama is published in bf16"),
         ("llama", "fp4", "llama is published in bf16"),
-        ("deepseek_v4", "int8", "'int8': Daedal writes bf16, fp8, fp4 so far"),
+        ("deepseek_v4", "int3", "'int3': Daedal writes bf16, fp8, fp4, int8, int4"),
         ("deepseek_v4", "fp4", "`hidden_size` is 48: FP4 packs groups of 32"),
     ],
 )

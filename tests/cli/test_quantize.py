@@ -34,7 +34,7 @@ def test_writes_a_checkpoint_and_ends_with_one_object(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{source}", "{new}", "--to", "int8"], "'int8' is not one of 'bf16', 'fp8', 'fp4'"),
+        (["{source}", "{new}", "--to", "int3"], "'int3' is not one of 'bf16', 'fp8', 'fp4', 'int8', 'int4'"),
         (["{source}", "{new}", "--to", "fp4"], "deepseek_v3 is published in bf16 and fp8"),
         (["{source}", "{source}", "--to", "fp8"], "source and destination are both"),
         (["{source}", "{new}", "--to", "fp8", "--layout", "gguf"], "'gguf' is not one of"),

@@ -145,7 +145,14 @@ def test_backend_equals_the_reference_in_float64(
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 6e-2)):
         leaves: list[Tensor] = []
         candidate = next((found for found in REGISTRY.candidates(op) if found.backend == backend), None)
-        if candidate is None or candidate.supports(*make(_maker(dtype, leaves)), **kwargs) is not None:
+        if candidate is None:
+            continue
+        if candidate.supports(*make(_maker(dtype, leaves)), **kwargs) is not None:
+            with torch.no_grad():
+                arguments = make(_maker(dtype, leaves))
+                if candidate.supports(*arguments, **kwargs) is None:
+                    got = _run(backend, op, arguments, kwargs).double()
+                    torch.testing.assert_close(got, exact, rtol=tolerance, atol=tolerance)
             continue
         got, grads = _outcome(backend, (op, make, kwargs), dtype)
         torch.testing.assert_close(got, exact, rtol=tolerance, atol=tolerance)
@@ -162,8 +169,9 @@ def test_rounding_to_bfloat16_has_no_bias(backend: str) -> None:
         new = _maker(dtype, [])
         return [new(64, 256), new(256), 1e-6]
 
-    exact = _run(REFERENCE, "rms_norm", make(torch.float64), {})
-    error = (_run(backend, "rms_norm", make(torch.bfloat16), {}).double() - exact) / exact.abs().clamp_min(1e-6)
+    with torch.no_grad():
+        exact = _run(REFERENCE, "rms_norm", make(torch.float64), {})
+        error = (_run(backend, "rms_norm", make(torch.bfloat16), {}).double() - exact) / exact.abs().clamp_min(1e-6)
     assert error.std() > 0
     assert abs(error.mean()) < 4 * error.std() / error.numel() ** 0.5
 
@@ -261,7 +269,7 @@ def test_the_limit_cuts_the_gate_above_and_the_other_on_both_sides(backend: str)
     assert got[0, 0] > 3.0
 
 
-@pytest.mark.parametrize("backend", REGISTRY.backends)
+@pytest.mark.parametrize("backend", [backend for backend in REGISTRY.backends if backend != "cpu"])  # packed ones only
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_an_expert_named_twice_counts_twice(backend: str, tokens: int) -> None:
     """As a table of experts by token may do."""
@@ -284,7 +292,9 @@ def test_experts_that_are_given_are_weighed_by_their_own_scores() -> None:
 
 
 def test_explain_names_the_choice_and_every_reason() -> None:
-    choices = {choice.backend: choice for choice in ops.explain("rms_norm", torch.ones(1, 4), torch.ones(4), 1e-6)}
+    exact = torch.ones(1, 4, dtype=torch.float64), torch.ones(4)
+    choices = {choice.backend: choice for choice in ops.explain("rms_norm", *exact, 1e-6)}
+    assert "takes bfloat16 and float32" in choices["cpu"].reason
     assert choices["aten"].chosen
     assert not choices[REFERENCE].chosen
     assert choices[REFERENCE].reason == "aten is preferred"
@@ -308,12 +318,13 @@ def test_an_op_that_a_forced_backend_lacks_runs_on_the_reference_and_says_so() -
         "topk_group": 1,
         "normalise": True,
         "scale": 1.0,
+        "given_TA": None,
     }
     with ops.using("aten"):
         ids, _ = ops.route(torch.tensor([[0.0, 1.0]]), torch.zeros(2), num_active=1, **settings)
-        (choice,) = ops.explain("route", torch.zeros(1, 2), torch.zeros(2), num_active=1, **settings)
+        choices = ops.explain("route", torch.zeros(1, 2), torch.zeros(2), num_active=1, **settings)
     assert ids.tolist() == [[1]]
-    assert choice.chosen
+    (choice,) = (choice for choice in choices if choice.chosen)
     assert choice.reason == "aten is forced and has no route of its own"
 
 

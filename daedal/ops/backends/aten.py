@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daedal.ops.packed import Packed
 from daedal.ops.registry import REGISTRY
 from daedal.ops.rows import FlatRows, PagedRows, Rows
 
@@ -24,7 +25,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x_TD, x_TD.shape[-1:], None if weight_D is None else weight_D.to(x_TD.dtype), eps)
 
 
-@REGISTRY.register("linear", BACKEND)
+def _plain(weight: Tensor | Packed) -> str | None:
+    return "does not read packed weights" if isinstance(weight, Packed) else None
+
+
+def _linear_supports(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | None) -> str | None:
+    return _plain(weight_FD)
+
+
+@REGISTRY.register("linear", BACKEND, supports=_linear_supports)
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     if (
         x_TD.shape[0] == 1
@@ -39,8 +48,15 @@ def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     return F.linear(x_TD, weight_FD, bias_F)
 
 
-@REGISTRY.register("grouped_linear", BACKEND)
+def _grouped_linear_supports(x_TGC: Tensor, weight_GFC: Tensor | Packed) -> str | None:
+    return _plain(weight_GFC)
+
+
+@REGISTRY.register("grouped_linear", BACKEND, supports=_grouped_linear_supports)
 def grouped_linear(x_TGC: Tensor, weight_GFC: Tensor) -> Tensor:
+    if weight_GFC.stride(-1) == 1 and x_TGC.shape[0] == 1:
+        # Weights on the left: on the right they would be copied first, where they are a slice of a larger matrix.
+        return torch.matmul(weight_GFC, x_TGC.permute(1, 2, 0)).permute(2, 0, 1)
     return torch.bmm(x_TGC.transpose(0, 1), weight_GFC.transpose(1, 2)).transpose(0, 1)
 
 
@@ -154,8 +170,16 @@ def _heads(rows: Tensor) -> Tensor:
 
 
 def _experts_supports(
-    x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, *, limit: float | None
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_EFD: Tensor | Packed,
+    down_EDF: Tensor | Packed,
+    *,
+    limit: float | None,
 ) -> str | None:
+    if isinstance(gate_up_EFD, Packed) or isinstance(down_EDF, Packed):
+        return "does not read packed weights"
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
         return f"grouped matrix multiplication does not take {x_TD.dtype}"
     if x_TD.device.type == "cuda" and x_TD.dtype != torch.bfloat16:

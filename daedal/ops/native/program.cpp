@@ -17,10 +17,10 @@
 namespace daedal {
 
 #define DAEDAL_TABLE(level) const Entry* table_##level(int* count);
-#if defined(DAEDAL_HAS_avx512)
+#if defined(NATIVE_HAS_avx512)
 DAEDAL_TABLE(avx512)
 #endif
-#if defined(DAEDAL_HAS_avx2)
+#if defined(NATIVE_HAS_avx2)
 DAEDAL_TABLE(avx2)
 #endif
 DAEDAL_TABLE(generic)
@@ -46,10 +46,10 @@ bool runs_avx512() {
 
 const Level* levels(int* count) {
     static const Level known[] = {
-#if defined(DAEDAL_HAS_avx512)
+#if defined(NATIVE_HAS_avx512)
         {"avx512", table_avx512, runs_avx512()},
 #endif
-#if defined(DAEDAL_HAS_avx2)
+#if defined(NATIVE_HAS_avx2)
         {"avx2", table_avx2, runs_avx2()},
 #endif
         {"generic", table_generic, true},
@@ -63,7 +63,7 @@ bool amx_wanted = true;
 
 // Linux gives the matrix unit's registers to a process that asks for them.
 bool ask_for_amx() {
-#if defined(__linux__) && defined(__x86_64__) && defined(DAEDAL_HAS_avx512)
+#if defined(__linux__) && defined(__x86_64__) && defined(NATIVE_HAS_avx512)
     unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
     __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
     const bool tile = edx >> 24 & 1, bf16 = edx >> 22 & 1, int8 = edx >> 25 & 1;

@@ -41,7 +41,7 @@ struct Team {
             return;
         }
         for (int spins = 0; barrier->round.load(std::memory_order_acquire) == round; ++spins) {
-            if (spins < 20000) {
+            if (spins < 1000) {
 #if defined(__x86_64__)
                 _mm_pause();
 #endif

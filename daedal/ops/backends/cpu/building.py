@@ -35,7 +35,17 @@ _X86_LEVELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
     }
 )
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)
 
 
 class Unavailable(Exception):
@@ -75,9 +85,9 @@ def _build(compiler: str, scratch: Path) -> Path:
     if platform.machine().lower() in ("x86_64", "amd64"):
         levels |= {name: flags for name, flags in _X86_LEVELS.items() if _compiles([*base, *flags], scratch)}
     jobs = [
-        [*base, *flags, f"-DDAEDAL_LEVEL={name}", "-c", str(SOURCES / "kernels.cpp")] for name, flags in levels.items()
+        [*base, *flags, f"-DNATIVE_LEVEL={name}", "-c", str(SOURCES / "kernels.cpp")] for name, flags in levels.items()
     ]
-    jobs.append([*base, *(f"-DDAEDAL_HAS_{name}" for name in levels), "-c", str(SOURCES / "program.cpp")])
+    jobs.append([*base, *(f"-DNATIVE_HAS_{name}" for name in levels), "-c", str(SOURCES / "program.cpp")])
     objects = [scratch / f"{index}.o" for index in range(len(jobs))]
     running = [
         subprocess.Popen([*job, "-o", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

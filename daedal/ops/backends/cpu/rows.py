@@ -1,5 +1,7 @@
 """Norms, rotation, gated units and routing on native kernels."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,12 @@ from daedal.ops.backends.cpu.program import TYPES, call, missing
 from daedal.ops.registry import REGISTRY
 
 BACKEND = "cpu"
+FLOATS = (torch.bfloat16, torch.float32)
+
+# As the kernel numbers them, and what its fixed arrays hold.
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+MOST_EXPERTS, MOST_GROUPS = 4096, 512
 
 
 def declines(*tensors: Tensor | None) -> str | None:
@@ -23,7 +31,7 @@ def declines(*tensors: Tensor | None) -> str | None:
 
 def _rms_norm_supports(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
     types = [tensor.dtype for tensor in (x_TD, weight_D) if tensor is not None]
-    if any(dtype not in (torch.bfloat16, torch.float32) for dtype in types):
+    if any(dtype not in FLOATS for dtype in types):
         return f"takes bfloat16 and float32, not {types[0]}"
     return declines(x_TD, weight_D)
 
@@ -39,6 +47,88 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
         "rms_norm", rows_ND, rows_ND.stride(0), TYPES[x_TD.dtype], weight, weight_type, y_TD, num_rows, dim, float(eps)
     )
     return y_TD
+
+
+def _rotary_supports(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> str | None:
+    if x_THR.dtype not in FLOATS or cos_TC.dtype != torch.float32:
+        return f"takes bfloat16 and float32, not {x_THR.dtype}"
+    return declines(x_THR)
+
+
+@REGISTRY.register("rotary", BACKEND, supports=_rotary_supports)
+def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> Tensor:
+    x_THR = _dense_last(x_THR)
+    tokens, heads, dim = x_THR.shape
+    y_THR = torch.empty(x_THR.shape, dtype=x_THR.dtype)
+    cos_TC, sin_TC = cos_TC.contiguous(), sin_TC.contiguous()
+    place = x_THR.stride(0), x_THR.stride(1), TYPES[x_THR.dtype]
+    call("rotary", x_THR, *place, cos_TC, sin_TC, y_THR, tokens, heads, dim // 2, interleaved)
+    return y_THR
+
+
+def _swiglu_supports(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> str | None:
+    if gate_TF.dtype not in FLOATS or up_TF.dtype != gate_TF.dtype:
+        return f"takes bfloat16 and float32, not {gate_TF.dtype}"
+    return declines(gate_TF, up_TF)
+
+
+@REGISTRY.register("swiglu", BACKEND, supports=_swiglu_supports)
+def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> Tensor:
+    gate, up = _rows(gate_TF), _rows(up_TF)
+    y_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
+    most = math.inf if limit is None else float(limit)
+    call("swiglu", gate, gate.stride(0), up, up.stride(0), TYPES[gate.dtype], y_TF, *gate.shape, most)
+    return y_TF
+
+
+def _route_supports(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    scoring: str,
+    method: str,
+    num_active: int,
+    n_group: int,
+    topk_group: int,
+    normalise: bool,
+    scale: float,
+    given_TA: Tensor | None,
+) -> str | None:
+    if logits_TE.dtype != torch.float32 or (bias_E is not None and bias_E.dtype != torch.float32):
+        return f"takes float32, not {logits_TE.dtype}"
+    if logits_TE.shape[1] > MOST_EXPERTS or n_group > MOST_GROUPS:
+        return f"takes up to {MOST_EXPERTS} experts in {MOST_GROUPS} groups"
+    return declines(logits_TE, bias_E)
+
+
+@REGISTRY.register("route", BACKEND, supports=_route_supports)
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    scoring: str,
+    method: str,
+    num_active: int,
+    n_group: int,
+    topk_group: int,
+    normalise: bool,
+    scale: float,
+    given_TA: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    logits_TE = logits_TE.contiguous()
+    tokens, experts = logits_TE.shape
+    ids_TA = torch.empty((tokens, num_active), dtype=torch.int64)
+    weights_TA = torch.empty((tokens, num_active), dtype=torch.float32)
+    scratch = torch.empty((tokens, 2 * experts), dtype=torch.float32)
+    given = None if given_TA is None else given_TA.contiguous()
+    sizes = tokens, experts, num_active
+    ways = SCORINGS.index(scoring), METHODS.index(method), n_group, topk_group, normalise, float(scale)
+    call("route", logits_TE, bias_E, given, ids_TA, weights_TA, scratch, *sizes, *ways)
+    return ids_TA, weights_TA
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""The parts of the benchmarks that could lie: what is written for a peer, and what a ratio is made of. No timing."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import daedal
+from daedal.checkpoint.save import save
+from daedal.config import ModelConfig
+from daedal.model.transformer import empty, initialise
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "vocab_size": 1100,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    yield importlib.import_module
+    for name in names & set(sys.modules):
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def checkpoint(bench: Any, tmp_path: Path) -> Path:
+    published = bench("decode").MODEL_A | TINY
+    directory = tmp_path / "tiny"
+    save(initialise(empty(ModelConfig.from_published(published), dtype=torch.bfloat16), seed=0), directory)
+    return directory
+
+
+def test_gguf_holds_every_parameter_once_and_keys_transposed(bench: Any, checkpoint: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writing, target = bench("gguf_writing"), tmp_path / "tiny.gguf"
+    writing.write_bf16(checkpoint, target)
+    model = daedal.load(checkpoint, device="cpu")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+    biases = sum(tensor.n_elements for name, tensor in tensors.items() if name.endswith("exp_probs_b.bias"))
+    assert sum(tensor.n_elements for tensor in tensors.values()) - biases == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+    expansion = model.layers[0].self_attn.kv_b_proj.weight.detach().float().unflatten(0, (2, -1))
+    stored = tensors["blk.0.attn_k_b.weight"]
+    keys = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(keys, expansion[:, :32].transpose(1, 2))
+    assert writing.active_bytes(target, batch=10**6) == pytest.approx(
+        sum(tensor.n_bytes for tensor in tensors.values()) - tensors["token_embd.weight"].n_bytes
+    )
+
+
+def test_engine_side_holds_the_context_it_is_asked_for(bench: Any, checkpoint: Path) -> None:
+    sides = bench("peer_sides")
+    side = sides.Daedal(checkpoint, "plain", 1)
+    side.prefill(sides.PROMPT)
+    assert not side.engine.has_work
+    side.start(2, 40, sides.PROMPT)
+    for _ in range(3):
+        assert len(sides.decode(side, seconds=60.0)) == sides.STEPS - 1
+    assert side.steps <= side.drift + sides.STEPS
+    assert side.kv_bytes_per_token() == 2 * (32 + 16) * 2
+    assert side.active_bytes(1) < side.active_bytes(2) < sum(tensor.nbytes for tensor in side.model.parameters())
+
+
+def test_ratios_are_taken_within_a_round(bench: Any) -> None:
+    found = bench("peers").ratios({"daedal": [2.0, 12.0], "llama.cpp": [1.0, 4.0]})
+    assert found == {"ratio to llama.cpp": [2.0, 3.0]}
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_random_packed_weights_load(bench: Any, tmp_path: Path, checkpoint: Path, weights: str) -> None:
+    config = ModelConfig.read(checkpoint)
+    directory = tmp_path / "packed"
+    directory.mkdir()
+    bench("peer_models").write_random_packed(directory, config, weights)
+    side = bench("peer_sides").Daedal(directory, weights, 1)
+    assert torch.isfinite(side.model.logits(torch.tensor([[1, 2, 3]]))).all()
