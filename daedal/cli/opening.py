@@ -44,12 +44,13 @@ FormatOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine may use; None leaves it to the engine."""
+    """What the engine may use; None leaves it to the engine. deterministic: as `Engine` has it."""
 
     cache_gb: float | None = None
     max_context: int | None = None
     max_batch: int = 16
     max_waiting: int | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.cache_gb is not None and not 0 < self.cache_gb <= 1e6:
@@ -107,12 +108,15 @@ def open_model(
 
     from daedal.checkpoint.load import resolve_device
     from daedal.infer.engine import Engine
+    from daedal.ops.backends.cpu.program import pending
     from daedal.text.chat import load_format
     from daedal.text.tokenizer import Tokenizer
 
     directory = resolve_shown(name)
     chosen_device = resolve_device(device)
     precision = choose_dtype(dtype, chosen_device)
+    if chosen_device.type == "cpu" and pending():
+        say("compiling the native kernels for this machine, once: about a minute")
     chosen = choose_weights(weights, directory, chosen_device, full_precision=dtype == "float32")
     if chosen.format is not None and dtype == "auto":
         precision = Precision(dtype=torch.bfloat16, reason="packed weights compute in it")
@@ -138,6 +142,7 @@ def open_model(
         max_waiting=limits.max_waiting,
         max_context=limits.max_context,
         speculate=speculate,
+        deterministic=limits.deterministic,
     )
     return Opened(
         name=display_name(name),

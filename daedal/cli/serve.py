@@ -37,11 +37,21 @@ def command(
     chat_format: FormatOption = None,
     max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 16,
     max_waiting: Annotated[int, typer.Option(help="Requests that may queue; more are refused with 429.")] = 256,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="Same request, same numbers, whatever else runs; prompts read slower."),
+    ] = False,
     speculate: SpeculateOption = None,
     draft_tokens: DraftTokensOption = None,
 ) -> None:
     """Serve a model over HTTP, with a chat page at /."""
-    limits = Limits(cache_gb=cache_gb, max_context=max_context, max_batch=max_batch, max_waiting=max_waiting)
+    limits = Limits(
+        cache_gb=cache_gb,
+        max_context=max_context,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        deterministic=deterministic,
+    )
     drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
     from daedal.serve.server import bind, run
     from daedal.serve.service import Service

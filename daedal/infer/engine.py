@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from daedal.errors import OverloadError, RequestError
+from daedal import ops
+from daedal.errors import ConfigError, OverloadError, RequestError
 from daedal.infer.admission import Limits
 from daedal.infer.live import Live, Rows
 from daedal.infer.memory import keep_freed_memory, plan_pages
@@ -21,6 +22,7 @@ from daedal.infer.sampling import RowSampler, check_finite, verify
 from daedal.infer.scheduler import Chunk, Scheduler, Step
 from daedal.infer.speculative import Acceptance, Speculation
 from daedal.infer.stopping import Ending
+from daedal.model.packing import is_packed
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -70,7 +72,10 @@ class Engine:
     max_batch: requests that run together. max_step_tokens: tokens of one step, and so the largest prompt chunk.
     page_size: tokens of a page, by default 16, fewer in a small cache, 128 in V4. max_waiting: requests that may queue
     beyond `max_batch`, None for any number. max_context: tokens of prompt and answer together, by default the model's.
-    speculate: who drafts tokens for the model to check several at once; answers stay the same.
+    speculate: who drafts tokens for the model to check several at once; answers stay the same. deterministic: the
+    numbers of a request are the same, bit for bit, for any number of threads and whatever runs beside it; prompts are
+    then read slower, in chunks of `max_step_tokens - max_batch` tokens, and a request waits until the cache has room
+    for all of it.
     Raises ConfigError for sizes that cannot be, and for a drafter that cannot draft for this model.
     """
 
@@ -86,6 +91,7 @@ class Engine:
         max_waiting: int | None = None,
         max_context: int | None = None,
         speculate: Speculation | None = None,
+        deterministic: bool = False,
     ):
         self._model = model
         self._tokenizer = tokenizer
@@ -103,6 +109,8 @@ class Engine:
         )
         if speculate is not None:
             speculate.check(model, plan.context)
+        if deterministic:
+            _check_deterministic(model, speculate, max_batch, max_step_tokens)
         if model.device.type == "cpu":
             keep_freed_memory()
         self._plan = plan
@@ -122,7 +130,9 @@ class Engine:
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
             max_drafts=max_drafts,
+            chunk=max_step_tokens - max_batch if deterministic else None,
         )
+        self._deterministic = deterministic
         self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
         self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
@@ -226,7 +236,7 @@ class Engine:
         if not step.chunks:
             return delivered
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), ops.exactly(self._deterministic):
                 return delivered + self._run(step)
         except Exception as error:
             self._undelivered = delivered
@@ -283,9 +293,11 @@ class Engine:
         step = self._runner.propose(step)
         rows = Rows.of(step, self._live)
         logits_NV, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
-        check_finite(logits_NV)
-        prompt_NV, next_NV = logits_NV.tensor_split([len(rows.prompt_rows)])
-        rows.score_prompts(prompt_NV)
+        next_NV = logits_NV
+        if rows.prompt_rows:
+            prompt_NV, next_NV = logits_NV.tensor_split([len(rows.prompt_rows)])
+            check_finite(prompt_NV)
+            rows.score_prompts(prompt_NV)
         samplers, drafts = [live.sampler for live, _ in rows.samples], [ids for _, ids in rows.samples]
         chosen = verify(next_NV, samplers, drafts)
         entries = rows.score_chosen(next_NV, chosen)
@@ -313,6 +325,25 @@ class Engine:
         self._generation_tokens_total += len(output.ids)
         accepted = sum(draft == token for draft, token in zip(chunk.drafts, output.ids, strict=False))
         self._acceptance.count(len(chunk.drafts), accepted)
+
+
+def _check_deterministic(
+    model: "Transformer", speculate: Speculation | None, max_batch: int, max_step_tokens: int
+) -> None:
+    if speculate is not None:
+        raise ConfigError("deterministic is on and drafts depend on what else runs: leave out one of them")
+    if max_step_tokens <= max_batch:
+        raise ConfigError(
+            f"max_step_tokens is {max_step_tokens} and max_batch {max_batch}: a deterministic engine needs more tokens "
+            "in a step than requests, give more"
+        )
+    if not is_packed(model):
+        raise ConfigError(
+            "the model's weights are not packed, and PyTorch's products depend on the batch: to be deterministic, load "
+            'it with weights="bf16" or another packed format'
+        )
+    if reason := ops.unrecordable():
+        raise ConfigError(f"a deterministic engine needs the native kernels ({reason}): leave deterministic out")
 
 
 def _requests(

@@ -85,19 +85,30 @@ class Scheduler:
     """Requests in, steps out. A step is scheduled, run by the caller, and committed before the next.
 
     max_batch: requests that hold pages at once, each with a state number below it. max_step_tokens: tokens of one step.
-    max_drafts: tokens that may be drafted for a request in a step.
+    max_drafts: tokens that may be drafted for a request in a step. chunk: where given, prompts are fed in chunks of so
+    many tokens, whatever else runs, and a request starts only when there are pages for all it may ever feed: then in
+    which pieces a request is computed depends on itself alone. At most `max_step_tokens - max_batch`.
     Every request must fit the pages alone (`PageAllocator.num_pages`, for all tokens it will ever feed): the caller
     refuses others.
     """
 
     def __init__(
-        self, pages: PageAllocator, *, page_size: int, max_batch: int, max_step_tokens: int, max_drafts: int = 0
+        self,
+        pages: PageAllocator,
+        *,
+        page_size: int,
+        max_batch: int,
+        max_step_tokens: int,
+        max_drafts: int = 0,
+        chunk: int | None = None,
     ):
+        assert chunk is None or 0 < chunk <= max_step_tokens - max_batch
         self._pages = pages
         self._page_size = page_size
         self._max_batch = max_batch
         self._max_step_tokens = max_step_tokens
         self._max_drafts = max_drafts
+        self._chunk_size = chunk
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._sequences: dict[str, _Sequence] = {}
@@ -174,17 +185,25 @@ class Scheduler:
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
-            count = min(sequence.num_remaining, budget)
+            count = self._share(sequence, budget)
             if count > 0 and self._grow(sequence, count, preempted):
                 shares.append((sequence, count))
                 budget -= count
             index += 1
         while budget > 0 and self._admit():
             sequence = self._running[-1]
-            count = min(sequence.num_remaining, budget)
-            shares.append((sequence, count))
+            count = self._share(sequence, budget)
+            if count > 0:
+                shares.append((sequence, count))
             budget -= count
         return shares
+
+    def _share(self, sequence: _Sequence, budget: int) -> int:
+        """How many of its remaining tokens a request feeds next."""
+        if self._chunk_size is None:
+            return min(sequence.num_remaining, budget)
+        count = min(sequence.num_remaining, self._chunk_size)
+        return count if count <= budget else 0
 
     def _kept_for_drafts(self) -> int:
         """Tokens of the budget that prompts leave alone."""
@@ -241,7 +260,9 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_batch:
             return False
         sequence = self._waiting[0]
-        if not self._allocate(sequence, self._pages_for(len(sequence.tokens))):
+        # The last token of an answer is never fed.
+        num_tokens = len(sequence.tokens) if self._chunk_size is None else max(sequence.most - 1, len(sequence.tokens))
+        if not self._allocate(sequence, self._pages_for(num_tokens)):
             assert self._running, "a request that can never fit was added"
             return False
         sequence.state = self._free_states.pop()

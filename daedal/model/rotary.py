@@ -10,15 +10,14 @@ import math
 import torch
 from torch import Tensor
 
+from daedal import ops
 from daedal.rope import RopeParameters
 
 
 def angles(rope: RopeParameters, dim: int, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos_TC and sin_TC for positions_T, float32, C = dim / 2; YaRN's magnitude is in them."""
     frequencies_C = inverse_frequencies(rope, dim, device=positions_T.device)
-    angles_TC = positions_T.float().unsqueeze(-1) * frequencies_C
-    scale = rope.rotation_scale()
-    return angles_TC.cos() * scale, angles_TC.sin() * scale
+    return ops.angles(positions_T, frequencies_C, rope.rotation_scale())
 
 
 def inverse_frequencies(rope: RopeParameters, dim: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from daedal.ops.backends.cpu.program import Program, missing
 from daedal.ops.backends.cpu.tracing import trace
+from daedal.ops.exactness import exactly
 from daedal.ops.packed import Packed
 from daedal.ops.registry import REGISTRY, Choice
+from daedal.ops.rings import Lasting, RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
 
 explain = REGISTRY.explain
@@ -56,6 +58,12 @@ def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) 
     return result
 
 
+def angles(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cos_TC and sin_TC of position times frequency, times `scale`, in the frequencies' dtype. positions_T: int64."""
+    result: tuple[Tensor, Tensor] = REGISTRY.call("angles", positions_T, frequencies_C, scale)
+    return result
+
+
 def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None = None) -> Tensor:
     """silu(gate) * up, elementwise. limit: gate is first cut off above it, up on both sides (V4)."""
     result: Tensor = REGISTRY.call("swiglu", gate_TF, up_TF, limit=limit)
@@ -89,7 +97,8 @@ def choose_entries(
     The score of entry s for query t is sum over i of weights[t, i] * relu(q[t, i] . k[s]), in float32. q_TIK: I index
     heads. keys: per sequence [S, K], one for each group of `rate` tokens that is complete. The query at position p (a
     sequence's first is its `past`) sees the entries below (p + 1) // rate, and chooses the `count` best of them, ties
-    to the lowest index. A is the smaller of count and the most that any sequence has. No gradient passes.
+    to the lowest index. A is the smaller of count and the most that any sequence has, or in a recorded step may come to
+    have: then all of a query's columns may be -1. No gradient passes.
     """
     result: Tensor = REGISTRY.call("choose_entries", q_TIK, weights_TI, starts, pasts, keys, count=count, rate=rate)
     return result
@@ -101,7 +110,7 @@ def sparse_attention(
     pasts: tuple[int, ...],
     entries: Rows | None,
     chosen_TA: Tensor | None,
-    window: Rows | None,
+    window: Rows | RingRows | None,
     sinks_H: Tensor | None,
     *,
     value_dim: int,
@@ -112,10 +121,10 @@ def sparse_attention(
     """Attention of all heads on one shared row per key, whose first `value_dim` numbers are its value (V3.2; V4, 2.3).
 
     entries: per sequence [S, K], one for each complete group of `rate` tokens. The query at position p sees those below
-    (p + 1) // rate; with chosen_TA (int64, -1 for none) only those that it names. window: per sequence its last rows
-    up to the batch's last token, one per token; the query at p sees those of positions p - span + 1 to p. sinks_H:
-    per head a logit, not scaled, that takes its share of the softmax and adds nothing. Softmax in float32. Returns
-    [T, H, value_dim] in q's dtype. A query that sees nothing gives 0.
+    (p + 1) // rate; with chosen_TA (int64, -1 for none; A may exceed S) only those that it names. window: per sequence
+    its last rows up to the batch's last token, one per token; the query at p sees those of positions p - span + 1 to p.
+    sinks_H: per head a logit, not scaled, that takes its share of the softmax and adds nothing. Softmax in float32.
+    Returns [T, H, value_dim] in q's dtype. A query that sees nothing gives 0.
     """
     result: Tensor = REGISTRY.call(
         "sparse_attention",
@@ -132,6 +141,61 @@ def sparse_attention(
         span=span,
     )
     return result
+
+
+def keep_in_ring(
+    rows: Tensor, starts: tuple[int, ...], pasts: tuple[int, ...], ring: Tensor, states: tuple[int, ...]
+) -> None:
+    """Stores rows where the last few of each sequence are kept: the row of position p at p modulo N.
+
+    rows: [T, ...], of B sequences after their `pasts`. ring: [states, N, ...], written in its own dtype; states: each
+    sequence's ring. Of a sequence that brings more than N only the last N are stored. Has no gradients.
+    """
+    REGISTRY.call("keep_in_ring", rows, starts, pasts, ring, states)
+
+
+def pool_groups(
+    kv_TW: Tensor,
+    gate_TW: Tensor,
+    bias_rW: Tensor,
+    weight_K: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    ring: Tensor,
+    states: tuple[int, ...],
+    entries: PagedRows,
+    *,
+    eps: float,
+    overlaps: bool,
+) -> None:
+    """Writes an entry for each group of r tokens that the batch completes, and keeps the batch's rows (V4, 2.3).
+
+    kv_TW: projections; gate_TW: their gates, to which row p % r of bias_rW is added. The entry of a group is, column by
+    column, the sum of its tokens' kv weighted by the softmax of their gates over the group, normed by weight_K and eps,
+    its last 2 C numbers rotated in adjacent pairs. overlaps: W is 2 K; a group takes the second half of its own rows,
+    and beside them the first half of the r rows before it, where there are any; else W is K. cos_TC, sin_TC: angles of
+    the first position of each token's own group. ring: [states, N, 2, W], of each token kv and its gate with the bias,
+    kept as by `keep_in_ring`; it holds the r - 1 rows before the batch, 2 r - 1 where groups overlap. entries: row g
+    of a sequence is that of its group g; [S, K] rows that include the new ones. Has no gradients.
+    """
+    REGISTRY.call(
+        "pool_groups",
+        kv_TW,
+        gate_TW,
+        bias_rW,
+        weight_K,
+        cos_TC,
+        sin_TC,
+        starts,
+        pasts,
+        ring,
+        states,
+        entries,
+        eps=eps,
+        overlaps=overlaps,
+    )
 
 
 def hyper_collapse(
@@ -160,6 +224,15 @@ def hyper_collapse(
 def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
     """Streams after a block: stream k is post_k * y + sum over j of comb[j, k] * stream_j; float32 inside."""
     result: Tensor = REGISTRY.call("hyper_expand", y_TD, streams_TMD, post_TM, comb_TMM)
+    return result
+
+
+def hyper_head(streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    """The streams as one, behind the last block: x of `hyper_collapse`, whose input rows are all that is given here.
+
+    fn: [M, M D]; base: [M]; scale: [1]. Returns x_TD in the streams' dtype.
+    """
+    result: Tensor = REGISTRY.call("hyper_head", streams_TMD, fn, base, scale, norm_eps=norm_eps, eps=eps)
     return result
 
 
@@ -221,9 +294,12 @@ def experts(
 # The backends register themselves once the ops are declared.
 from daedal.ops import reference  # noqa: E402, F401  isort: skip
 from daedal.ops import reference_sparse  # noqa: E402, F401  isort: skip
+from daedal.ops import reference_compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_sparse  # noqa: E402, F401  isort: skip
+from daedal.ops.backends import aten_compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import attention as _attention  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import compress as _compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import experts as _experts  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import hyper as _hyper  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import linear as _linear  # noqa: E402, F401  isort: skip
@@ -235,19 +311,26 @@ REGISTRY.check_environment()
 __all__ = [
     "Choice",
     "FlatRows",
+    "Lasting",
     "Packed",
     "PagedRows",
     "Pages",
     "Program",
+    "RingRows",
     "Rows",
+    "angles",
     "attention",
     "choose_entries",
+    "exactly",
     "experts",
     "explain",
     "grouped_linear",
     "hyper_collapse",
     "hyper_expand",
+    "hyper_head",
+    "keep_in_ring",
     "linear",
+    "pool_groups",
     "rms_norm",
     "rotary",
     "route",

@@ -48,6 +48,12 @@ def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) 
     return rotated.to(x_THR.dtype)
 
 
+@REGISTRY.register("angles", REFERENCE)
+def angles(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    angles_TC = positions_T.to(frequencies_C.dtype).unsqueeze(-1) * frequencies_C
+    return angles_TC.cos() * scale, angles_TC.sin() * scale
+
+
 @REGISTRY.register("swiglu", REFERENCE)
 def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> Tensor:
     gate, up = wide(gate_TF), wide(up_TF)

@@ -131,6 +131,15 @@ def hyper_collapse(
     return x_TD.to(streams_TMD.dtype), post_TM, comb_TMM
 
 
+@REGISTRY.register("hyper_head", REFERENCE)
+def hyper_head(streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    streams = wide(streams_TMD)
+    flat = streams.flatten(1)
+    normed = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    weights_TM = torch.sigmoid(normed @ wide(fn).to(flat.dtype).T * scale + base) + eps
+    return (weights_TM.unsqueeze(-1) * streams).sum(1).to(streams_TMD.dtype)
+
+
 @REGISTRY.register("hyper_expand", REFERENCE)
 def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
     mixed_TMD = torch.einsum("tjk,tjd->tkd", comb_TMM, wide(streams_TMD))

@@ -9,12 +9,12 @@ nothing of models, layers or schedulers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from daedal.ops.rows import FlatRows, side_by_side
+from daedal.ops.rows import FlatRows
 
 
 class Lasting(tuple[int, ...]):
@@ -62,7 +62,8 @@ class RingRows:
     def followed_by(self, rows: Tensor, starts: Sequence[int]) -> FlatRows:
         """A copy: each sequence's rows, then its own of `rows`."""
         parts = [(self.sequence(index), rows[start:end]) for index, (start, end) in enumerate(pairwise(starts))]
-        return side_by_side([torch.cat(part) for part in parts]) if parts else FlatRows(rows, (0,))
+        together = torch.cat([part for pair in parts for part in pair]) if parts else rows
+        return FlatRows(together, tuple(accumulate((len(old) + len(new) for old, new in parts), initial=0)))
 
     def select(self, indices: Sequence[int]) -> "RingRows":
         """Some sequences of the same pool."""

@@ -38,7 +38,7 @@ class FlatRows:
 
     def select(self, indices: Sequence[int]) -> "FlatRows":
         """The rows of some sequences, side by side."""
-        return side_by_side([self.sequence(index) for index in indices])
+        return _side_by_side([self.sequence(index) for index in indices])
 
     def flatten(self) -> "FlatRows":
         return self
@@ -172,7 +172,7 @@ class PagedRows:
 
     def flatten(self) -> FlatRows:
         """The rows of all sequences side by side; a copy unless there is one sequence and it lies contiguous."""
-        return side_by_side([self.sequence(index) for index in range(len(self))])
+        return _side_by_side([self.sequence(index) for index in range(len(self))])
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """(rows [B, S, ...], hidden_BS): a copy of all rows, short sequences padded to the longest."""
@@ -183,8 +183,7 @@ class PagedRows:
 Rows = FlatRows | PagedRows
 
 
-def side_by_side(parts: list[Tensor]) -> FlatRows:
-    """Each part a sequence; of one no copy is made."""
+def _side_by_side(parts: list[Tensor]) -> FlatRows:
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + part.shape[0])

@@ -100,3 +100,26 @@ def test_expand_is_its_definition(backend: str, shape: tuple[int, int, int]) -> 
             assert mine.grad is not None
             assert theirs.grad is not None
             torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=tolerance, atol=3 * tolerance)
+
+
+@pytest.mark.parametrize("backend", TRAINS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_head_collapses_and_mixes_nothing(backend: str, shape: tuple[int, int, int]) -> None:
+    """Its weights are a collapse's without the rows for output and mixing; outputs and gradients are the same."""
+    streams, settings = shape[1], {"norm_eps": 1e-6, "eps": 1e-3}
+    with ops.using(REFERENCE):
+        exact, *_ = _collapse(theirs := _inputs(shape, torch.float64))
+    cotangent = torch.randn(exact.shape, generator=torch.Generator().manual_seed(6)).bfloat16()
+    exact.backward(cotangent.double())
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        mine = _inputs(shape, dtype)
+        with ops.using(backend):
+            got = ops.hyper_head(mine[0], mine[1][:streams], mine[2][:streams], mine[3][:1], **settings)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+        got.backward(cotangent.to(dtype))
+        for ours, exactly in zip(mine, theirs, strict=True):
+            assert ours.grad is not None
+            assert exactly.grad is not None
+            span = max(1.0, float(exactly.grad.abs().max())) if exactly.numel() else 1.0
+            torch.testing.assert_close(ours.grad.double(), exactly.grad, rtol=tolerance, atol=tolerance * span)

@@ -11,6 +11,7 @@ from daedal import ops
 from daedal.ops import reference
 from daedal.ops.backends.cpu import experts as native
 from daedal.ops.backends.cpu import program
+from daedal.ops.exactness import exactly
 from daedal.ops.packed import FORMATS, Packed
 from tests.ops.packs import random_packed
 
@@ -58,7 +59,11 @@ def test_against_the_reference(level: str, name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_few_and_many_agree(level: str, name: str) -> None:
     job = _job(name, 70, 3, dim=100)
-    many, few = (native.experts(*job, limit=None, exact=exact).float() for exact in (False, True))
+    results = []
+    for wanted in (False, True):
+        with exactly(wanted):
+            results.append(native.experts(*job, limit=None).float())
+    many, few = results
     assert (many - few).norm() < 0.02 * few.norm()
 
 
@@ -73,12 +78,12 @@ def test_threads_and_batch_do_not_matter(level: str, name: str) -> None:
         assert all(torch.equal(result, results[0]) for result in results)
     x, ids, weights, gate_up, down = job
     torch.set_num_threads(2)
-    batch = native.experts(*job, limit=None, exact=True)
-    for token in range(0, 70, 23):
-        one = slice(token, token + 1)
-        assert torch.equal(
-            batch[one], native.experts(x[one], ids[one], weights[one], gate_up, down, limit=None, exact=True)
-        )
+    with exactly():
+        batch = native.experts(*job, limit=None)
+        for token in range(0, 70, 23):
+            one = slice(token, token + 1)
+            alone = native.experts(x[one], ids[one], weights[one], gate_up, down, limit=None)
+            assert torch.equal(batch[one], alone)
 
 
 def test_replay_reads_new_ids(level: str) -> None:

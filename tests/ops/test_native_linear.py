@@ -9,6 +9,7 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.ops.backends.cpu import linear, program
+from daedal.ops.exactness import exactly
 from daedal.ops.packed import FORMATS, Packed
 from tests.ops.packs import random_packed
 
@@ -99,8 +100,9 @@ def test_threads_do_not_matter(level: str, name: str) -> None:
 def test_exact_results_do_not_know_their_batch(level: str, name: str) -> None:
     weight = random_packed(name, 37, 320)
     x = torch.randn(21, 320)
-    batch = linear.linear(x, weight, None, exact=True)
-    alone = torch.cat([linear.linear(row, weight, None, exact=True) for row in x.split(1)])
+    with exactly():
+        batch = linear.linear(x, weight, None)
+        alone = torch.cat([linear.linear(row, weight, None) for row in x.split(1)])
     assert torch.equal(batch, alone)
 
 
@@ -111,7 +113,8 @@ def test_levels_agree(name: str) -> None:
     results = []
     for level in LEVELS:
         if program.native().use(level):
-            results.append(linear.linear(x, weight, None, exact=True))
+            with exactly():
+                results.append(linear.linear(x, weight, None))
     program.native().use(None)
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)

@@ -11,20 +11,16 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.infer.cache import PagedCache
-from daedal.model.attention_compressed import CompressedAttention, Pooling
+from daedal.model.attention_compressed import Pooling
 from daedal.model.batch import RaggedBatch
 from daedal.model.forward_pass import ForwardPass
-from daedal.model.rotary import angles
-from daedal.ops import reference_compress
-from daedal.ops.backends.cpu import compress, hyper, program, sparse
-from daedal.ops.registry import REGISTRY
+from daedal.ops.backends.cpu import program
 from daedal.ops.rings import Lasting, RingRows
 from daedal.ops.rows import FlatRows, MovingPages, PagedRows, Pages, Unrecordable
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(program.missing() is not None, reason=str(program.missing()))
 
-BACKENDS = (hyper, sparse, compress, reference_compress)  # they register themselves
 TYPES = ((torch.float32, 2e-5), (torch.bfloat16, 1e-2))
 
 
@@ -78,9 +74,10 @@ def _natively(run: Callable[[], Tensor]) -> Tensor:
 def test_streams_are_mixed_as_the_reference_mixes_them(shape: tuple[int, int, int]) -> None:
     tokens, streams, dim = shape
     mixes = streams * (2 + streams)
+    norm = {"norm_eps": 1e-6, "eps": 1e-3}
     streams_TMD, y_TD = _few_bits(*shape), _few_bits(tokens, dim, seed=1)
     weights = [_few_bits(mixes, streams * dim, seed=2) * 0.2, _few_bits(mixes, seed=3), _few_bits(3, seed=4)]
-    settings = {"norm_eps": 1e-6, "eps": 1e-3, "iterations": 20}
+    settings = {**norm, "iterations": 20}
     with ops.using("reference"):
         exact = ops.hyper_collapse(streams_TMD.double(), *(weight.double() for weight in weights), **settings)
         after = ops.hyper_expand(y_TD.double(), streams_TMD.double(), *exact[1:])
@@ -90,6 +87,9 @@ def test_streams_are_mixed_as_the_reference_mixes_them(shape: tuple[int, int, in
             got = _natively(lambda given=given, part=part: ops.hyper_collapse(given, *weights, **settings)[part])
             assert got.dtype == (dtype if part == 0 else torch.float32)
             torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+        inputs = weights[0][:streams], weights[1][:streams], weights[2][:1]
+        got = _natively(lambda given=given, inputs=inputs: ops.hyper_head(given, *inputs, **norm))
+        torch.testing.assert_close(got.double(), exact[0], rtol=tolerance, atol=tolerance)
         mixing = exact[1].float(), exact[2].float()
         got = _natively(lambda given=given, mixing=mixing: ops.hyper_expand(y_TD.to(given.dtype), given, *mixing))
         torch.testing.assert_close(got.double(), after, rtol=tolerance, atol=tolerance)
@@ -227,60 +227,48 @@ def test_sequences_do_not_see_one_another() -> None:
                 assert torch.equal(alone[0], beside[index])
 
 
-def _pooled_by_the_op(
-    module: Pooling, inputs: tuple[Tensor, ...], batch: RaggedBatch, cache: PagedCache, entries: PagedRows
-) -> None:
-    REGISTRY.call(
-        "pool_groups",
-        *(*inputs[:2], module.position_bias, module.kv_norm.weight, *inputs[2:], batch.starts, batch.pasts),
-        *(cache.pools[module.layer][module.slot], tuple(range(len(batch))), entries),
-        eps=module.kv_norm.eps,
-        overlaps=module.overlaps,
-    )
-
-
-@pytest.mark.parametrize("backend", ["reference", *program.LEVELS])
-def test_groups_are_pooled_as_the_model_pools_them(backend: str) -> None:
-    """Chunks and single tokens of a ragged batch: entries and rings are the same, whichever way they came."""
-    if backend != "reference" and not program.native().use(backend):
+@pytest.mark.parametrize("backend", ["reference", "aten", *program.LEVELS])
+def test_groups_are_pooled_as_whole_sequences_are(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and single tokens of a ragged batch leave the entries that training computes, and rings of last rows."""
+    if backend in program.LEVELS and not program.native().use(backend):
         pytest.skip(f"this CPU has no {backend}")
-    model, tables = tiny_model("deepseek_v4"), ((3, 0, 5), (4, 1, 2))
-    settings = {"num_pages": 6, "page_size": 128, "dtype": torch.float32, "num_states": 2}
-    theirs, mine = PagedCache(model.config, **settings), PagedCache(model.config, **settings)
-    modules = []
-    for layer in model.layers:
-        attention = layer.self_attn
-        assert isinstance(attention, CompressedAttention)
-        if attention.compressor is not None:
-            modules.append((attention.compressor, "entry"))
-            if attention.compressor.indexer is not None:
-                modules.append((attention.compressor.indexer, "index_key"))
-    pasts = [0, 0]
-    with torch.no_grad(), ops.using("reference"):
+    pool_groups, forced = ops.pool_groups, "cpu" if backend in program.LEVELS else backend
+
+    def pool(*args: object, **kwargs: object) -> None:
+        with ops.using(forced):
+            pool_groups(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "pool_groups", pool)
+    model, tables, states = tiny_model("deepseek_v4"), ((3, 0, 5), (4, 1, 2)), (2, 0)
+    cache = PagedCache(model.config, num_pages=6, page_size=128, dtype=torch.float32, num_states=3)
+    for pool in (pool for pools in cache.pools.values() for pool in pools.values()):
+        pool.fill_(torch.nan)
+    compressors = [layer.self_attn.compressor for layer in model.layers if layer.self_attn.compressor is not None]
+    modules: list[Pooling] = [*compressors, *(one.indexer for one in compressors if one.indexer is not None)]
+    pasts, fed = [0, 0], torch.randn(2, 300, model.config.hidden_size)
+    with torch.no_grad():
         for counts in ([5, 126], [1, 1], [3, 0], [130, 1], *[[1, 1]] * 5):
             batch = RaggedBatch.of([[0] * count for count in counts], pasts)
-            x_TD = torch.randn(sum(counts), model.config.hidden_size)
-            step = ForwardPass(model.config, batch, theirs.view(tables, pasts, counts))
-            for module, slot in modules:
-                step.cache.extend(module.layer, rate=module.rate, **{slot: module.pool(x_TD, step)})
-                lengths = tuple((past + new) // module.rate for past, new in zip(pasts, counts, strict=True))
-                own_T = batch.positions_T - batch.positions_T % module.rate
-                turn = angles(model.config.compress_rope_parameters, model.config.rope_dim, own_T)
-                inputs = module.kv_proj(x_TD), module.gate_proj(x_TD), *turn
-                pool, size = mine.pools[module.layer][slot], mine.page_size // module.rate
-                with ops.using("reference" if backend == "reference" else "cpu"):
-                    _pooled_by_the_op(module, inputs, batch, mine, PagedRows(pool, Pages(tables, lengths, size)))
+            x_TD = torch.cat([x[past : past + count] for x, past, count in zip(fed, pasts, counts, strict=True)])
+            for module in modules:
+                module.pool(x_TD, ForwardPass(model.config, batch, cache.view(tables, pasts, counts, states)))
             pasts = [past + count for past, count in zip(pasts, counts, strict=True)]
     program.native().use(None)
-    compared = 0
-    for module, slot in modules:
-        for name in (slot, module.slot):
-            wanted, got = (cache.pools[module.layer][name] for cache in (theirs, mine))
-            written = ~wanted.isnan()
-            assert torch.equal(written, ~got.isnan())
-            torch.testing.assert_close(got[written], wanted[written], rtol=2e-5, atol=2e-5)
-            compared += int(written.sum())
-    assert compared > 10_000
+    lasts = cache.view(tables, pasts, [0, 0], states)
+    for module in modules:
+        kept = lasts.groups(module.layer, module.ring, module.entries)
+        assert int((~kept.entries.pool.isnan()).sum()) == sum(kept.entries.lengths) * module.dim
+        for index, total in enumerate(pasts):
+            whole = RaggedBatch.of([[0] * total])
+            with torch.no_grad(), ops.using("reference"):
+                wanted = module.pool(fed[index, :total], ForwardPass(model.config, whole, None)).sequence(0)
+                gate_TW = module.gate_proj(fed[index, :total]) + module.position_bias[whole.positions_T % module.rate]
+                rows = torch.stack((module.kv_proj(fed[index, :total]), gate_TW), 1)
+            torch.testing.assert_close(kept.entries.sequence(index), wanted, rtol=2e-5, atol=2e-5)
+            places = torch.arange(max(total - kept.ring.shape[1], 0), total)
+            got = kept.ring[states[index], places % kept.ring.shape[1]]
+            torch.testing.assert_close(got, rows[places], rtol=2e-5, atol=2e-5)
+        assert kept.ring[1].isnan().all()
 
 
 @pytest.mark.usefixtures("level")
@@ -297,7 +285,7 @@ def test_a_recorded_step_reads_positions_pages_and_rings_where_they_lie() -> Non
 
     def step(pages: Pages, pasts: tuple[int, ...], states: tuple[int, ...], ring: Tensor) -> Tensor:
         entries = PagedRows(pool, pages)
-        REGISTRY.call("keep_in_ring", new_TK, (0, 1, 2), pasts, ring, states)
+        ops.keep_in_ring(new_TK, (0, 1, 2), pasts, ring, states)
         chosen_TA = ops.choose_entries(q_THK, weights_TI, (0, 1, 2), pasts, entries, count=30, rate=rate)
         window = RingRows(ring, states, tuple(past + 1 for past in pasts), tuple(min(past + 1, span) for past in pasts))
         settings = {"value_dim": dim, "scale": 0.2, "rate": rate, "span": span}

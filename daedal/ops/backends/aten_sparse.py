@@ -270,6 +270,15 @@ def hyper_collapse(
     return x_TD.to(streams_TMD.dtype), post_TM, comb_TMM.contiguous()
 
 
+@REGISTRY.register("hyper_head", BACKEND)
+def hyper_head(streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    streams = wide(streams_TMD)
+    flat = streams.flatten(1)
+    mixes_TM = (flat @ fn.to(flat.dtype).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    weights_TM = torch.addcmul(base, mixes_TM, scale).sigmoid() + eps
+    return torch.bmm(weights_TM.unsqueeze(1), streams).squeeze(1).to(streams_TMD.dtype)
+
+
 @REGISTRY.register("hyper_expand", BACKEND)
 def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
     outer_TMD = post_TM.unsqueeze(-1) * wide(y_TD).unsqueeze(1)

@@ -72,6 +72,21 @@ inline void rotary(const Word* a, const Team& team) {
     }
 }
 
+// positions (int64), frequencies (float32), cos, sin (float32 [T, C]), T, C, scale
+inline void angles(const Word* a, const Team& team) {
+    const int64_t half = a[5];
+    const float scale = real(a[6]);
+    const Range mine = team.share(a[4]);
+    for (int64_t t = mine.begin; t < mine.end; ++t) {
+        const float position = static_cast<float>(pointer<const int64_t>(a[0])[t]);
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = position * pointer<const float>(a[1])[i];
+            pointer<float>(a[2])[t * half + i] = std::cos(angle) * scale;
+            pointer<float>(a[3])[t * half + i] = std::sin(angle) * scale;
+        }
+    }
+}
+
 template <typename T>
 inline void gate_row(const T* gate, const T* up, T* y, int64_t dim, float limit) {
     int64_t i = 0;
@@ -198,5 +213,5 @@ inline void scatter_rows(const Word* a, const Team& team) {
 }
 
 #define DAEDAL_ROWS_KERNELS                                                                                       \
-    {"rms_norm", rms_norm}, {"rotary", rotary}, {"swiglu", swiglu}, {"route", route}, {"gather_rows", gather_rows}, \
+    {"rms_norm", rms_norm}, {"rotary", rotary}, {"swiglu", swiglu}, {"angles", angles}, {"route", route}, {"gather_rows", gather_rows}, \
         {"scatter_rows", scatter_rows},

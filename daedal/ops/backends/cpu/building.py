@@ -54,16 +54,30 @@ class Unavailable(Exception):
 
 def library(cache: Path) -> Path:
     """The compiled library, built if it is not there yet. Raises Unavailable."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         raise Unavailable("no C++ compiler was found: install one (Debian: apt install g++)")
-    target = cache / f"kernels-{_fingerprint(compiler)}.so"
+    target = _target(cache, compiler)
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = _build(compiler, Path(scratch))
             built.replace(target)
     return target
+
+
+def is_pending(cache: Path) -> bool:
+    """Whether `library` would compile first, which takes about a minute."""
+    compiler = _compiler()
+    return compiler is not None and not _target(cache, compiler).exists()
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _target(cache: Path, compiler: str) -> Path:
+    return cache / f"kernels-{_fingerprint(compiler)}.so"
 
 
 def _fingerprint(compiler: str) -> str:

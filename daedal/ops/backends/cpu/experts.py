@@ -12,6 +12,7 @@ from torch import Tensor
 from daedal.ops.backends.cpu.linear import FORMAT_NUMBERS, row_bytes, widened_bytes
 from daedal.ops.backends.cpu.program import TYPES, call
 from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
+from daedal.ops.exactness import is_exact
 from daedal.ops.packed import PANEL, Packed
 from daedal.ops.registry import REGISTRY
 
@@ -47,9 +48,7 @@ def experts(
     down_EDF: Packed,
     *,
     limit: float | None,
-    exact: bool = False,
 ) -> Tensor:
-    """exact: as in `linear`."""
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     if y_TD.numel() == 0:
         return y_TD
@@ -73,7 +72,7 @@ def experts(
         y_TD,
         torch.empty(_scratch_bytes(tokens, active, gate_up_EFD, down_EDF, threads), dtype=torch.uint8),
         threads,
-        exact,
+        is_exact(),
     )
     return y_TD
 

@@ -45,6 +45,25 @@ def hyper_collapse(
     return x_TD, post_TM, comb_TMM
 
 
+def _head_supports(
+    streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float
+) -> str | None:
+    return _declines(streams_TMD, (fn, base, scale))
+
+
+@REGISTRY.register("hyper_head", BACKEND, supports=_head_supports)
+def hyper_head(streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    tokens, streams, dim = streams_TMD.shape
+    x_TD = torch.empty((tokens, dim), dtype=streams_TMD.dtype)
+    products = torch.empty((tokens, fn.shape[0] + 1))
+    call(
+        "hyper_collapse",
+        *(streams_TMD, streams * dim, TYPES[streams_TMD.dtype], fn, base, scale, products, x_TD, None, None),
+        *(tokens, streams, dim, fn.shape[0], 0, float(norm_eps), float(eps)),
+    )
+    return x_TD
+
+
 def _expand_supports(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> str | None:
     if y_TD.dtype != streams_TMD.dtype:
         return f"takes a block's output in the streams' {streams_TMD.dtype}, not {y_TD.dtype}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from daedal.ops.backends.cpu.program import TYPES, call
 from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
+from daedal.ops.exactness import is_exact
 from daedal.ops.packed import FORMATS, PANEL, Packed, padded_columns
 from daedal.ops.registry import REGISTRY
 
@@ -19,6 +20,8 @@ FORMAT_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
 
 _SIDE = 8  # bytes that a group of a prepared row takes beside its codes
 _WIDENED = 768 << 10  # as in matmul.h
+# Plain float32: PyTorch's matrix product overtakes a loop of dot products.
+_MOST_PLAIN = 32
 # So few rows never go through the matrix unit.
 _FEW = 2
 
@@ -56,6 +59,8 @@ def _linear_supports(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | 
             return f"not packed, and {weight_FD.dtype}"
         if weight_FD.dim() != 2 or not weight_FD.is_contiguous():
             return "the weight's rows do not lie side by side"
+        if x_TD.numel() > _MOST_PLAIN * x_TD.shape[-1] and not is_exact():
+            return f"PyTorch is faster for more than {_MOST_PLAIN} rows by a float32 matrix"
         weight = weight_FD
     if bias_F is not None and (bias_F.dtype not in FLOATS or not bias_F.is_contiguous()):
         return f"takes a bias in bfloat16 or float32, dense, not {bias_F.dtype}"
@@ -65,8 +70,7 @@ def _linear_supports(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | 
 
 
 @REGISTRY.register("linear", BACKEND, supports=_linear_supports)
-def linear(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | None, *, exact: bool = False) -> Tensor:
-    """exact: the arithmetic of few rows for any number, so that no result depends on the others of its batch."""
+def linear(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | None) -> Tensor:
     rows = _rows(x_TD)
     assert rows is not None
     features = weight_FD.shape[-2]
@@ -74,7 +78,7 @@ def linear(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | None, *, e
     if y_TF.numel() == 0:
         return y_TF
     if isinstance(weight_FD, Packed):
-        _packed(x_TD, 1, rows, 0, weight_FD, bias_F, y_TF, exact)
+        _packed(x_TD, 1, rows, 0, weight_FD, bias_F, y_TF)
     else:
         bias_type = 0 if bias_F is None else TYPES[bias_F.dtype]
         call("dense_linear", x_TD, *rows, x_TD.shape[-1], weight_FD, features, bias_F, bias_type, y_TF)
@@ -92,12 +96,12 @@ def _grouped_supports(x_TGC: Tensor, weight_GFC: Tensor | Packed) -> str | None:
 
 
 @REGISTRY.register("grouped_linear", BACKEND, supports=_grouped_supports)
-def grouped_linear(x_TGC: Tensor, weight_GFC: Packed, *, exact: bool = False) -> Tensor:
+def grouped_linear(x_TGC: Tensor, weight_GFC: Packed) -> Tensor:
     num_tokens, groups, _ = x_TGC.shape
     y_TGF = torch.empty((num_tokens, groups, weight_GFC.rows), dtype=x_TGC.dtype)
     if y_TGF.numel():
         rows = _Rows(num_tokens, 1, x_TGC.stride(0), 0)
-        _packed(x_TGC, groups, rows, x_TGC.stride(1), weight_GFC, None, y_TGF, exact)
+        _packed(x_TGC, groups, rows, x_TGC.stride(1), weight_GFC, None, y_TGF)
     return y_TGF
 
 
@@ -109,7 +113,6 @@ def _packed(
     weight: Packed,
     bias_F: Tensor | None,
     y: Tensor,
-    exact: bool,
 ) -> None:
     threads = torch.get_num_threads()
     scratch = torch.empty(_scratch_bytes(groups * rows.number, rows.number, weight, threads), dtype=torch.uint8)
@@ -129,7 +132,7 @@ def _packed(
         y,
         scratch,
         threads,
-        exact,
+        is_exact(),
     )
 
 

@@ -1,7 +1,8 @@
 """The native kernels as operators of PyTorch, `torch.ops.daedal.*`: schemas, and fake forms that give shapes alone.
 
 For `torch.export`, `torch.compile` and whoever calls them from elsewhere. Daedal itself goes through the registry,
-which costs a call less. A packed matrix is passed as its bytes, its format and its shape; pages as pool, table and lengths.
+which costs a call less. A packed matrix is passed as its bytes, its format and its shape; pages as pool, table and
+lengths.
 """
 
 import torch

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from daedal.ops.backends.cpu.building import Unavailable, library
+from daedal.ops.backends.cpu.building import Unavailable, is_pending, library
 from daedal.places import cache_directory
 
 Argument = Tensor | int | float | None
@@ -57,10 +57,19 @@ class Native:
         self._library.daedal_run(ctypes.addressof(words), len(words), torch.get_num_threads())
 
 
+def _cache() -> Path:
+    return cache_directory() / "native"
+
+
+def pending() -> bool:
+    """Whether the first use of a kernel will compile them all, which takes about a minute."""
+    return is_pending(_cache())
+
+
 @cache
 def _load() -> Native | Unavailable:
     try:
-        return Native(library(cache_directory() / "native"))
+        return Native(library(_cache()))
     except Unavailable as error:
         return error
 

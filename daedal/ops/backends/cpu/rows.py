@@ -66,6 +66,20 @@ def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) 
     return y_THR
 
 
+def _angles_supports(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> str | None:
+    if frequencies_C.dtype != torch.float32 or positions_T.dtype != torch.int64:
+        return f"takes int64 and float32, not {positions_T.dtype} and {frequencies_C.dtype}"
+    return declines(positions_T)
+
+
+@REGISTRY.register("angles", BACKEND, supports=_angles_supports)
+def angles(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    tokens, half = positions_T.shape[0], frequencies_C.shape[0]
+    cos_TC, sin_TC = torch.empty((2, tokens, half), dtype=torch.float32)
+    call("angles", positions_T.contiguous(), frequencies_C, cos_TC, sin_TC, tokens, half, float(scale))
+    return cos_TC, sin_TC
+
+
 def _swiglu_supports(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> str | None:
     if gate_TF.dtype not in FLOATS or up_TF.dtype != gate_TF.dtype:
         return f"takes bfloat16 and float32, not {gate_TF.dtype}"
