@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from daedal.checkpoint import huge_pages
 from daedal.errors import CheckpointError
 from daedal.ops.packed import FORMATS, Packed, packed_bytes
 
@@ -81,7 +82,9 @@ def read_identity(directory: Path) -> dict[str, object]:
 
 
 def read(directory: Path, entries: Sequence[Entry]) -> list[Tensor | Packed]:
-    """The entries, mapped. CheckpointError where the files hold anything else, or not all of it."""
+    """The entries: packed ones on huge pages where the system has them, all others mapped. CheckpointError where the
+    files hold anything else, or not all of it.
+    """
     index = _index(directory)
     places, total = offsets(entries)
     wanted = {"nbytes": total, "entries": _listed(entries, places)}
@@ -94,9 +97,18 @@ def read(directory: Path, entries: Sequence[Entry]) -> list[Tensor | Packed]:
         if size != total:
             raise CheckpointError(f"{path} has {size} bytes, its index promises {total}: pack the weights again")
         mapped = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
+        parts = {
+            entry.name: (offset, entry.nbytes)
+            for entry, offset in zip(entries, places, strict=True)
+            if entry.kind in FORMATS
+        }
+        copies = dict(zip(parts, huge_pages.copied(path, list(parts.values())) or [], strict=False))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be mapped ({error}): pack the weights again") from error
-    return [_view(entry, mapped[offset : offset + entry.nbytes]) for entry, offset in zip(entries, places, strict=True)]
+    return [
+        _view(entry, copies.get(entry.name, mapped[offset : offset + entry.nbytes]))
+        for entry, offset in zip(entries, places, strict=True)
+    ]
 
 
 def _view(entry: Entry, data: Tensor) -> Tensor | Packed:
