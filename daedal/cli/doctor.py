@@ -125,14 +125,18 @@ def diagnose() -> Diagnosis:
 
 
 def op_choices(device: "torch.device", dtype: "torch.dtype") -> list[OpChoice]:
-    """For every op and backend: whether a decode step would run on it, and the reason."""
+    """For every op and backend: whether a decode step would run on it, and the reason. On a CPU with native kernels
+    weights are packed, as `serve` packs them.
+    """
     import torch
 
     from daedal import ops
+    from daedal.ops.backends.cpu.program import missing
 
     choices: list[OpChoice] = []
     with torch.no_grad():
-        for op, (arguments, keywords) in samples(device, dtype).items():
+        weights = "int8" if device.type == "cpu" and missing() is None else None
+        for op, (arguments, keywords) in samples(device, dtype, weights).items():
             for choice in ops.explain(op, *arguments, **keywords):
                 choices.append(OpChoice(op=op, backend=choice.backend, chosen=choice.chosen, reason=choice.reason))
     return choices

@@ -13,17 +13,20 @@ if TYPE_CHECKING:
 
     from daedal.ops import FlatRows
 
+    Zeros = Callable[..., torch.Tensor]
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 TOKENS, HIDDEN, HEADS, LATENT, ROTATED, EXPERTS, ACTIVE, WIDTH = 2, 256, 4, 128, 64, 8, 2, 128
 PAST, SPAN, RATE, CHOSEN, STREAMS, GROUPS = 127, 32, 4, 8, 4, 2
 
 
-def samples(device: "torch.device", dtype: "torch.dtype") -> dict[str, Call]:
-    """Arguments and keyword arguments by the name of the op."""
+def samples(device: "torch.device", dtype: "torch.dtype", weights: str | None = None) -> dict[str, Call]:
+    """Arguments and keyword arguments by the name of the op. weights: a packed format, None for plain matrices."""
     import torch
 
-    from daedal.ops import FlatRows
+    from daedal.ops import FlatRows, Packed
+    from daedal.ops.packed import packed_bytes
 
     def zeros(*shape: int, of: "torch.dtype" = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, device=device)
@@ -32,18 +35,24 @@ def samples(device: "torch.device", dtype: "torch.dtype") -> dict[str, Call]:
         """So many for each token, which is a sequence of its own."""
         return FlatRows(zeros(TOKENS * count, dim), tuple(range(0, TOKENS * count + 1, count)))
 
+    def matrix(*shape: int) -> "torch.Tensor | Packed":
+        if weights is None:
+            return zeros(*shape)
+        return Packed(torch.zeros(packed_bytes(weights, shape), dtype=torch.uint8), weights, shape)
+
     x_TD, angles_TC = zeros(TOKENS, HIDDEN), zeros(TOKENS, ROTATED // 2, of=torch.float32)
     latents = rows(1, LATENT + ROTATED)
     logits_TE = zeros(TOKENS, EXPERTS, of=torch.float32)
-    ids_TA = torch.arange(ACTIVE, device=device).expand(TOKENS, ACTIVE)
+    ids_TA = torch.arange(ACTIVE, device=device).repeat(TOKENS, 1)
     weights_TA = zeros(TOKENS, ACTIVE, of=torch.float32)
     routing = {"scoring": "sigmoid", "method": "noaux_tc", "num_active": ACTIVE, "n_group": 2, "topk_group": 1}
-    matrices = zeros(EXPERTS, 2 * WIDTH, HIDDEN), zeros(EXPERTS, HIDDEN, WIDTH)
+    matrices = matrix(EXPERTS, 2 * WIDTH, HIDDEN), matrix(EXPERTS, HIDDEN, WIDTH)
     return {
         "rms_norm": ((x_TD, zeros(HIDDEN), 1e-6), {}),
-        "linear": ((x_TD, zeros(WIDTH, HIDDEN), None), {}),
-        "grouped_linear": ((zeros(TOKENS, GROUPS, HIDDEN), zeros(GROUPS, WIDTH, HIDDEN)), {}),
+        "linear": ((x_TD, matrix(WIDTH, HIDDEN), None), {}),
+        "grouped_linear": ((zeros(TOKENS, GROUPS, HIDDEN), matrix(GROUPS, WIDTH, HIDDEN)), {}),
         "rotary": ((zeros(TOKENS, HEADS, ROTATED), angles_TC, angles_TC), {"interleaved": True}),
+        "angles": ((torch.arange(TOKENS, device=device), zeros(ROTATED // 2, of=torch.float32), 1.0), {}),
         "swiglu": ((zeros(TOKENS, WIDTH), zeros(TOKENS, WIDTH)), {"limit": 10.0}),
         "attention": ((zeros(TOKENS, HEADS, LATENT + ROTATED), latents.starts, latents, LATENT), {"scale": 0.1}),
         "route": (
@@ -52,11 +61,12 @@ def samples(device: "torch.device", dtype: "torch.dtype") -> dict[str, Call]:
         ),
         "experts": ((x_TD, ids_TA, weights_TA, *matrices), {"limit": 10.0}),
         **_sparse(zeros, rows),
+        **_groups(zeros),
         **_streams(zeros),
     }
 
 
-def _sparse(zeros: "Callable[..., torch.Tensor]", rows: "Callable[[int, int], FlatRows]") -> dict[str, Call]:
+def _sparse(zeros: "Zeros", rows: "Callable[[int, int], FlatRows]") -> dict[str, Call]:
     """Decode steps of sequences with `PAST` tokens, of whose entries an indexer chooses some."""
     import torch
 
@@ -72,7 +82,29 @@ def _sparse(zeros: "Callable[..., torch.Tensor]", rows: "Callable[[int, int], Fl
     }
 
 
-def _streams(zeros: "Callable[..., torch.Tensor]") -> dict[str, Call]:
+def _groups(zeros: "Zeros") -> dict[str, Call]:
+    """Compressors in a step that completes a group of each sequence, and the rings and pages that they write."""
+    import torch
+
+    from daedal.ops import PagedRows, Pages
+
+    starts, pasts, states = tuple(range(TOKENS + 1)), (PAST,) * TOKENS, tuple(range(TOKENS))
+    rows = [zeros(TOKENS, 2 * LATENT, of=torch.float32) for _ in range(2)]
+    turn = [zeros(TOKENS, ROTATED // 2, of=torch.float32) for _ in range(2)]
+    ring = zeros(TOKENS, 2 * RATE, 2, 2 * LATENT, of=torch.float32)
+    pages = Pages(tuple((state,) for state in states), ((PAST + 1) // RATE,) * TOKENS, (PAST + 1) // RATE)
+    entries = PagedRows(zeros(TOKENS, (PAST + 1) // RATE, LATENT), pages)
+    weights = zeros(RATE, 2 * LATENT, of=torch.float32), zeros(LATENT)
+    return {
+        "keep_in_ring": ((zeros(TOKENS, LATENT), starts, pasts, zeros(TOKENS, SPAN, LATENT), states), {}),
+        "pool_groups": (
+            (*rows, *weights, *turn, starts, pasts, ring, states, entries),
+            {"eps": 1e-6, "overlaps": True},
+        ),
+    }
+
+
+def _streams(zeros: "Zeros") -> dict[str, Call]:
     """Residual streams, and the weights that mix them."""
     import torch
 
@@ -83,4 +115,8 @@ def _streams(zeros: "Callable[..., torch.Tensor]") -> dict[str, Call]:
     return {
         "hyper_collapse": ((streams, *weights), {"norm_eps": 1e-6, "eps": 1e-6, "iterations": 20}),
         "hyper_expand": ((zeros(TOKENS, HIDDEN), streams, post_TM, comb_TMM), {}),
+        "hyper_head": (
+            (streams, weights[0][:STREAMS], weights[1][:STREAMS], weights[2][:1]),
+            {"norm_eps": 1e-6, "eps": 1e-6},
+        ),
     }

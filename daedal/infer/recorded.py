@@ -6,20 +6,26 @@ in tokens, positions and pages and run them all at once, with no Python between.
 recorded is named in `refusal`, and its steps run op by op.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from daedal import ops
-from daedal.infer.cache import PagedCache
+from daedal.infer.cache import PagedCache, PagedView, Places
 from daedal.infer.scheduler import Chunk
 from daedal.model.batch import RaggedBatch
-from daedal.ops.rows import MovingPages, PagedRows, Rows, Unrecordable
+from daedal.ops.rings import Lasting
+from daedal.ops.rows import MovingPages, Unrecordable
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class RecordedSteps:
@@ -51,6 +57,25 @@ class RecordedSteps:
         return recorded.logits_BV
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _MovingBatch(RaggedBatch):
+    """The batch of a recorded step. firsts: `group_starts` by rate."""
+
+    firsts: Mapping[int, Tensor]
+
+    def group_starts(self, rate: int) -> Tensor:
+        return self.firsts[rate]
+
+
+def _rows_of(rate: int, chunk: Chunk) -> int:
+    """Rows of `rate` tokens that there are once the chunk's token is read."""
+    return (chunk.past + 1) // rate
+
+
+def _group_start(rate: int, chunk: Chunk) -> int:
+    return chunk.past - chunk.past % rate
+
+
 class _Recorded:
     """One program and the memory of its inputs and of its result."""
 
@@ -58,53 +83,67 @@ class _Recorded:
         count = len(chunks)
         self._page_size = cache.page_size
         self._ids_T, self._positions_T, self._written_T = torch.zeros((3, count), dtype=torch.int64)
+        self._pasts = Lasting.of([chunk.past for chunk in chunks])
+        self._states = Lasting.of([chunk.state for chunk in chunks])
         self._table_BP = torch.zeros((count, max_pages), dtype=torch.int32)
-        self._lengths_B = torch.zeros(count, dtype=torch.int32)
+        self._lengths = {rate: torch.zeros(count, dtype=torch.int32) for rate in cache.rates}
+        self._firsts = {rate: torch.zeros(count, dtype=torch.int64) for rate in cache.rates if rate > 1}
         self._tables: list[tuple[int, ...]] = [()] * count
+        self._filled, self._pages = self._numbers(), self._table_BP.numpy()
         self._fill(chunks)
-        batch = RaggedBatch(
+        batch = _MovingBatch(
             ids_T=self._ids_T,
             positions_T=self._positions_T,
             starts=tuple(range(count + 1)),
-            pasts=tuple(chunk.past for chunk in chunks),
+            pasts=self._pasts,
+            firsts=self._firsts,
         )
-        pages = MovingPages(self._table_BP, self._lengths_B, cache.page_size)
-        inputs = [self._ids_T, self._positions_T, self._written_T, self._table_BP, self._lengths_B]
+        places = Places(
+            starts=batch.starts,
+            pasts=self._pasts,
+            states=self._states,
+            written_T=self._written_T,
+            pages={
+                rate: MovingPages(self._table_BP, lengths_B, cache.page_size // rate)
+                for rate, lengths_B in self._lengths.items()
+            },
+        )
         self._program = ops.Program()
-        with ops.trace(self._program, inputs):
-            self.logits_BV: Tensor = model(batch, _MovingView(cache, self._written_T, pages))
+        with ops.trace(self._program, self._inputs()):
+            self.logits_BV: Tensor = model(batch, PagedView(cache=cache, places=places))
 
     def replay(self, chunks: Sequence[Chunk]) -> Tensor:
         self._fill(chunks)
         self._program.replay()
         return self.logits_BV
 
-    def _fill(self, chunks: Sequence[Chunk]) -> None:
+    def _inputs(self) -> list[Tensor]:
+        """What differs from step to step."""
+        tokens = [self._ids_T, self._positions_T, self._written_T, *self._firsts.values()]
+        return [*tokens, self._pasts.tensor, self._states.tensor, self._table_BP, *self._lengths.values()]
+
+    def _numbers(self) -> list[tuple[Array, Callable[[Chunk], int]]]:
+        """The inputs that hold one number for each sequence, as NumPy sees their memory, and what that number is: a
+        write through torch costs more than all the rest.
+        """
         size = self._page_size
-        pasts = [chunk.past for chunk in chunks]
-        # NumPy's views of the same memory: a write through torch costs more than the rest of this.
-        self._ids_T.numpy()[:] = [chunk.fed[0] for chunk in chunks]
-        self._positions_T.numpy()[:] = pasts
-        self._written_T.numpy()[:] = [chunk.table[chunk.past // size] * size + chunk.past % size for chunk in chunks]
-        self._lengths_B.numpy()[:] = [past + 1 for past in pasts]
+        filled: list[tuple[Tensor, Callable[[Chunk], int]]] = [
+            (self._ids_T, lambda chunk: chunk.fed[0]),
+            (self._positions_T, lambda chunk: chunk.past),
+            (self._written_T, lambda chunk: chunk.table[chunk.past // size] * size + chunk.past % size),
+            (self._pasts.tensor, lambda chunk: chunk.past),
+            (self._states.tensor, lambda chunk: chunk.state),
+        ]
+        for rate, lengths_B in self._lengths.items():
+            filled.append((lengths_B, partial(_rows_of, rate)))
+        for rate, firsts_T in self._firsts.items():
+            filled.append((firsts_T, partial(_group_start, rate)))
+        return [(tensor.numpy(), number) for tensor, number in filled]
+
+    def _fill(self, chunks: Sequence[Chunk]) -> None:
+        for array, number in self._filled:
+            array[:] = [number(chunk) for chunk in chunks]
         for row, chunk in enumerate(chunks):
             if chunk.table != self._tables[row]:
                 self._tables[row] = chunk.table
-                self._table_BP.numpy()[row, : len(chunk.table)] = chunk.table
-
-
-class _MovingView:
-    """The `CacheView` of a recorded step."""
-
-    def __init__(self, cache: PagedCache, written_T: Tensor, pages: MovingPages):
-        self._cache, self._written_T, self._pages = cache, written_T, pages
-
-    def extend(self, layer: int, *, rate: int = 1, **slots: Tensor) -> Mapping[str, Rows]:
-        return {name: self._extend(layer, name, rows) for name, rows in slots.items()}
-
-    def _extend(self, layer: int, name: str, rows: Tensor) -> Rows:
-        slot, pool = self._cache.slots[layer, name], self._cache.pools[layer][name]
-        if slot.ring or slot.rate != 1:
-            raise Unrecordable(f"rows of {name!r} lie in a ring or stand for several tokens")
-        pool.flatten(0, 1).index_copy_(0, self._written_T, rows.to(pool.dtype))
-        return PagedRows(pool, self._pages)
+                self._pages[row, : len(chunk.table)] = chunk.table

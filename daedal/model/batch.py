@@ -78,8 +78,8 @@ class RaggedBatch:
 class GroupRows:
     """Where a compressor keeps what it makes of groups of tokens, as `ops.pool_groups` takes it.
 
-    ring: [states, N, 2, W], rows of the last tokens; states: each sequence's ring. entries: one row for each group, those
-    that this batch completes included; these are not written yet.
+    ring: [states, N, 2, W], rows of the last tokens; states: each sequence's ring. entries: one row for each group,
+    those that this batch completes included; these are not written yet.
     """
 
     ring: Tensor

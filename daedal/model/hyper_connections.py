@@ -49,7 +49,6 @@ class HyperHead(nn.Module):
         self.hc_scale = nn.Parameter(torch.empty(1))
 
     def forward(self, streams_TMD: Tensor) -> Tensor:
-        streams = streams_TMD.to(self.hc_fn.dtype)
-        mixes_TM = ops.linear(ops.rms_norm(streams.flatten(1), None, self.norm_eps), self.hc_fn)
-        weights_TM = torch.sigmoid(mixes_TM * self.hc_scale + self.hc_base) + self.eps
-        return (weights_TM.unsqueeze(-1) * streams).sum(1).to(streams_TMD.dtype)
+        return ops.hyper_head(
+            streams_TMD, self.hc_fn, self.hc_base, self.hc_scale, norm_eps=self.norm_eps, eps=self.eps
+        )

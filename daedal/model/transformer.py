@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         """Through all layers: x_TD, or V4's streams_TMD."""
         carried: Tensor = self.embed_tokens(batch.ids_T)
         if self.config.hc_mult is not None:
-            carried = carried.unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+            carried = carried.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
         step = ForwardPass(self.config, batch, cache)
         for layer in self.layers:
             carried = layer(carried, step)

@@ -10,22 +10,38 @@ import pytest
 import torch
 
 from daedal.cli import app, doctor, op_samples, precision
+from daedal.ops.backends.cpu import program as doctor_native
+from daedal.ops.backends.cpu import rows
+from daedal.ops.backends.cpu.program import missing
 from daedal.ops.registry import REGISTRY
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_op_has_a_sample_that_it_accepts(dtype: torch.dtype) -> None:
-    samples = op_samples.samples(torch.device("cpu"), dtype)
+def test_every_op_has_a_sample_that_it_accepts(dtype: torch.dtype, weights: str | None) -> None:
+    samples = op_samples.samples(torch.device("cpu"), dtype, weights)
     assert samples.keys() == set(REGISTRY.ops)
     for op, (arguments, keywords) in samples.items():
         REGISTRY.call(op, *arguments, **keywords)
 
 
 def test_a_decode_step_is_explained_as_it_runs() -> None:
-    """Without gradients, for which some backends would decline; only routing has no second implementation."""
+    """Without gradients, for which some backends would decline, and with the weights packed as `serve` packs them."""
+    choices = doctor.op_choices(torch.device("cpu"), torch.bfloat16)
+    chosen = {choice["op"]: choice["backend"] for choice in choices if choice["chosen"]}
+    assert missing() is not None or chosen == dict.fromkeys(REGISTRY.ops, "cpu")
+
+
+def test_without_a_compiler_pytorch_runs_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (doctor_native, rows):
+        monkeypatch.setattr(module, "missing", lambda: "no C++ compiler was found")
     choices = doctor.op_choices(torch.device("cpu"), torch.float32)
     chosen = {choice["op"]: choice["backend"] for choice in choices if choice["chosen"]}
-    assert chosen == dict.fromkeys(REGISTRY.ops, "aten") | {"route": "reference"}
+    only_reference = {"route", "angles"}
+    assert chosen == {op: "reference" if op in only_reference else "aten" for op in REGISTRY.ops}
+    reasons = {choice["reason"] for choice in choices if choice["backend"] == "cpu"}
+    assert reasons == {"no C++ compiler was found"}
+    assert doctor._native_kernels().startswith("absent: no C++ compiler was found.")
 
 
 def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

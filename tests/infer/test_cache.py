@@ -130,25 +130,20 @@ def test_rings_and_entries_follow_positions_through_every_rewind(moves: list[tup
             told[name] += [clock := clock + 1 for _ in range(fed[name])]
         new_T = [told[name][-fed[name] :] for name in names]
         rows = torch.tensor([time for times in new_T for time in times])
-        closed = [
-            told[name][end - 1]
-            for name, past in zip(names, pasts, strict=True)
-            for end in _ends(past, told[name], rate)
-        ]
-        window = view.extend(layer, window=_wide(rows, slots["window"].shape))["window"]
-        entries = view.extend(layer, rate=rate, entry=_wide(torch.tensor(closed), slots["entry"].shape))["entry"]
+        window = view.recent(layer, "window", _wide(rows, slots["window"].shape).contiguous())
+        groups = view.groups(layer, "compressor", "entry")
+        assert groups.states == view.places.states
+        entries = groups.entries
         for place, (name, past) in enumerate(zip(names, pasts, strict=True)):
             first = max(past - slots["window"].ring + 1, 0)
             assert _times(window.sequence(place)) == told[name][first:]
+            for end in range((past // rate + 1) * rate, len(told[name]) + 1, rate):
+                page, row = divmod(end // rate - 1, entries.pages.page_size)
+                entries.pool[entries.pages.tables[place][page], row] = told[name][end - 1]
             assert _times(entries.sequence(place)) == told[name][rate - 1 :: rate]
         # Of what was fed last up to REWIND tokens are withdrawn, but never all.
         if count <= REWIND + 1:
             del told[index][len(told[index]) - min(withdrawn, count - 1) :]
-
-
-def _ends(past: int, times: list[float], rate: int) -> range:
-    """Where the groups end that the tokens after `past` close."""
-    return range((past // rate + 1) * rate, len(times) + 1, rate)
 
 
 def _wide(values_T: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -162,7 +157,9 @@ def _times(rows: torch.Tensor) -> list[float]:
 
 def test_a_layer_that_stores_other_slots_is_refused() -> None:
     view = PagedCache(tiny("latent").config, num_pages=1, page_size=2, dtype=torch.float32).view([(0,)], [0], [1])
-    with pytest.raises(ValueError, match=r"layer 0 stores 'key' at rate 1: the cache keeps latent \(rate 1\)"):
+    with pytest.raises(
+        ValueError, match=r"a row for each token as 'key': the cache keeps latent \(a row for each token\)"
+    ):
         view.extend(0, key=torch.zeros(1, 14))
-    with pytest.raises(ValueError, match="'latent' at rate 4"):
-        view.extend(0, rate=4, latent=torch.zeros(0, 14))
+    with pytest.raises(ValueError, match="the last rows as 'latent'"):
+        view.recent(0, "latent", torch.zeros(0, 14))

@@ -169,8 +169,8 @@ def test_an_entry_turns_to_the_first_token_of_its_group(v4: Proven, planted: str
     """Not to its number in the pool, nor to the token that completes it."""
     real = ForwardPass._find_groups
 
-    def elsewhere(step: ForwardPass, rate: int, kept: int) -> Groups:
-        groups = real(step, rate, kept)
+    def elsewhere(step: ForwardPass, rate: int) -> Groups:
+        groups = real(step, rate)
         rope, dim = step._config.compress_rope_parameters, step._config.rope_dim
         assert rope is not None
         numbers_N = torch.arange(groups.is_first_N.shape[0])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from daedal.ops.backends.cpu.program import TYPES, call
+from daedal.ops.backends.cpu.program import TYPES, call, recorder
 from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
 from daedal.ops.exactness import is_exact
 from daedal.ops.packed import FORMATS, PANEL, Packed, padded_columns
@@ -59,7 +59,7 @@ def _linear_supports(x_TD: Tensor, weight_FD: Tensor | Packed, bias_F: Tensor | 
             return f"not packed, and {weight_FD.dtype}"
         if weight_FD.dim() != 2 or not weight_FD.is_contiguous():
             return "the weight's rows do not lie side by side"
-        if x_TD.numel() > _MOST_PLAIN * x_TD.shape[-1] and not is_exact():
+        if x_TD.numel() > _MOST_PLAIN * x_TD.shape[-1] and not (is_exact() or recorder()):
             return f"PyTorch is faster for more than {_MOST_PLAIN} rows by a float32 matrix"
         weight = weight_FD
     if bias_F is not None and (bias_F.dtype not in FLOATS or not bias_F.is_contiguous()):
