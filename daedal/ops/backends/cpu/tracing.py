@@ -45,6 +45,11 @@ class _Watch(TorchDispatchMode):
         self._live = live
         self._constant: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """By default a mode imports the compiler of torch on first use: seconds, and 90 MB, for nothing here."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
