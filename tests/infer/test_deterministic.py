@@ -9,11 +9,9 @@ import daedal
 from daedal.errors import ConfigError
 from daedal.infer.cache import page_nbytes
 from daedal.model.transformer import Transformer, empty, initialise
-from daedal.ops.backends.cpu.program import missing
+from tests.native import needs_kernels
 from tests.private_cache import private_cache
 from tests.tiny import tiny_checkpoint
-
-needs_kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.fixture(params=["deepseek_v3", "llama"])

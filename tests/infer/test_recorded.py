@@ -18,13 +18,13 @@ from daedal.infer.scheduler import Step
 from daedal.infer.speculative import Speculation
 from daedal.model.attention_sparse import IndexedAttention
 from daedal.model.transformer import Transformer
-from daedal.ops.backends.cpu import program
 from tests.infer.engines import assert_idle, fitting, paged, poisoned
 from tests.model.feeding import Feeder
+from tests.native import needs_kernels
 from tests.private_cache import private_cache
 from tests.tiny import FAMILIES, tiny_model
 
-pytestmark = pytest.mark.skipif(program.missing() is not None, reason=str(program.missing()))
+pytestmark = needs_kernels
 
 # Experts on native kernels are a multiple of 16 wide.
 WIDE_EXPERTS = {"moe_intermediate_size": 32}

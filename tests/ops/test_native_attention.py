@@ -13,8 +13,9 @@ from daedal.errors import BackendError
 from daedal.ops.backends.cpu import attention as backend
 from daedal.ops.backends.cpu import program
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
+from tests.native import needs_kernels
 
-pytestmark = pytest.mark.skipif(program.missing() is not None, reason=str(program.missing()))
+pytestmark = needs_kernels
 
 # What rounding the result and the weights to the type costs, relative to the largest value; float32 sums up to 1000
 # products.

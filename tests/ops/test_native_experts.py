@@ -13,9 +13,10 @@ from daedal.ops.backends.cpu import experts as native
 from daedal.ops.backends.cpu import program
 from daedal.ops.exactness import exactly
 from daedal.ops.packed import FORMATS, Packed
+from tests.native import needs_kernels
 from tests.ops.packs import random_packed
 
-pytestmark = pytest.mark.skipif(program.missing() is not None, reason="needs native kernels")
+pytestmark = needs_kernels
 
 Job = tuple[Tensor, Tensor, Tensor, Packed, Packed]
 

@@ -11,9 +11,10 @@ from daedal import ops
 from daedal.ops.backends.cpu import linear, program
 from daedal.ops.exactness import exactly
 from daedal.ops.packed import FORMATS, Packed
+from tests.native import needs_kernels
 from tests.ops.packs import random_packed
 
-pytestmark = pytest.mark.skipif(program.missing() is not None, reason="needs native kernels")
+pytestmark = needs_kernels
 
 LEVELS = program.LEVELS
 SHAPES = ((5, 33), (37, 96), (96, 320))

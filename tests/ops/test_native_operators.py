@@ -5,10 +5,10 @@ import torch
 
 import daedal.ops
 from daedal.ops.backends.cpu import operators
-from daedal.ops.backends.cpu.program import missing
+from tests.native import needs_kernels
 from tests.ops.packs import random_packed
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = needs_kernels
 
 
 def _calls() -> dict[str, tuple[object, tuple[object, ...]]]:
@@ -35,7 +35,7 @@ def _calls() -> dict[str, tuple[object, tuple[object, ...]]]:
     }
 
 
-@pytest.mark.parametrize("name", _calls() if missing() is None else [])
+@pytest.mark.parametrize("name", _calls())
 def test_torch_accepts_the_operator(name: str) -> None:
     operator, arguments = _calls()[name]
     torch.library.opcheck(operator, arguments)

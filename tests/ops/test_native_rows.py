@@ -8,11 +8,12 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.ops import Program, trace
-from daedal.ops.backends.cpu.program import LEVELS, missing, native
+from daedal.ops.backends.cpu.program import LEVELS, native
 from daedal.ops.backends.cpu.rows import METHODS, SCORINGS
 from daedal.ops.rows import Unrecordable
+from tests.native import needs_kernels
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = needs_kernels
 
 
 @pytest.fixture(params=LEVELS)

@@ -17,9 +17,10 @@ from daedal.model.forward_pass import ForwardPass
 from daedal.ops.backends.cpu import program
 from daedal.ops.rings import Lasting, RingRows
 from daedal.ops.rows import FlatRows, MovingPages, PagedRows, Pages, Unrecordable
+from tests.native import needs_kernels
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(program.missing() is not None, reason=str(program.missing()))
+pytestmark = needs_kernels
 
 TYPES = ((torch.float32, 2e-5), (torch.bfloat16, 1e-2))
 

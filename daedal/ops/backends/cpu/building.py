@@ -54,25 +54,26 @@ class Unavailable(Exception):
 
 def library(cache: Path) -> Path:
     """The compiled library, built if it is not there yet. Raises Unavailable."""
-    compiler = _compiler()
-    if compiler is None:
+    command = compiler()
+    if command is None:
         raise Unavailable("no C++ compiler was found: install one (Debian: apt install g++)")
-    target = _target(cache, compiler)
+    target = _target(cache, command)
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = _build(compiler, Path(scratch))
+            built = _build(command, Path(scratch))
             built.replace(target)
     return target
 
 
 def is_pending(cache: Path) -> bool:
     """Whether `library` would compile first, which takes about a minute."""
-    compiler = _compiler()
-    return compiler is not None and not _target(cache, compiler).exists()
+    command = compiler()
+    return command is not None and not _target(cache, command).exists()
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
+    """The C++ compiler that kernels are built with, None where there is none."""
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
