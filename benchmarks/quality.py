@@ -12,6 +12,7 @@ one JSON line last.
 import argparse
 import json
 import lzma
+import math
 import os
 import platform
 import shlex
@@ -82,35 +83,34 @@ def log_probabilities(model: Transformer, parts: Sequence[Tensor], what: str) ->
         yield model.logits(ids_1T)[0, :-1].log_softmax(-1)
 
 
-def measure(model: Transformer, oracle: Transformer, parts: Sequence[Tensor], base: float | None, what: str) -> Quality:
-    """base: the oracle's perplexity, where it is known; None where model and oracle are one."""
-    surprise = divergence = same = 0.0
+def perplexity(parts: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Of the windows' tokens, given each window's log-probabilities."""
+    surprises = [-logs.gather(1, ids_1T[0, 1:, None]) for ids_1T, logs in zip(parts, found, strict=True)]
+    return math.exp(float(torch.cat(surprises).mean(dtype=torch.float64)))
+
+
+def measure(model: Transformer, parts: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> Quality:
+    """wanted: the unpacked model's log-probabilities of each window."""
+    divergence = same = 0.0
     count = sum(part.shape[1] - 1 for part in parts)
-    wanted_parts = log_probabilities(oracle, parts, f"{what}, unpacked") if base is not None else [None] * len(parts)
-    found_parts = log_probabilities(model, parts, what)
-    for ids_1T, found, wanted in zip(parts, found_parts, wanted_parts, strict=True):
-        surprise -= float(found.gather(1, ids_1T[0, 1:, None]).sum(dtype=torch.float64))
-        if wanted is not None:
-            divergence += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
-            same += float((wanted.argmax(-1) == found.argmax(-1)).sum())
-    perplexity = float(torch.tensor(surprise / count, dtype=torch.float64).exp())
-    if base is None:
-        return Quality(perplexity=perplexity, worse=0.0, divergence=0.0, agreement=1.0)
-    return Quality(
-        perplexity=perplexity, worse=perplexity / base - 1, divergence=divergence / count, agreement=same / count
-    )
+    found = []
+    for logs, oracle in zip(log_probabilities(model, parts, what), wanted, strict=True):
+        divergence += float((oracle.exp() * (oracle - logs)).sum(dtype=torch.float64))
+        same += float((oracle.argmax(-1) == logs.argmax(-1)).sum())
+        found.append(logs)
+    base, reached = perplexity(parts, wanted), perplexity(parts, found)
+    return Quality(perplexity=reached, worse=reached / base - 1, divergence=divergence / count, agreement=same / count)
 
 
 def compare(directory: Path, formats: Sequence[str], parts: Sequence[Tensor]) -> dict[str, dict[str, Quality]]:
     """Way of running, then format (None as "unpacked"), to its quality."""
     found: dict[str, dict[str, Quality]] = {}
     for way, dtype in (("running", torch.bfloat16), ("expanded", torch.float32)):
-        oracle = load(directory, dtype=dtype)
-        rows = {"unpacked": measure(oracle, oracle, parts, None, f"{way}: unpacked")}
-        base = rows["unpacked"].perplexity
+        wanted = list(log_probabilities(load(directory, dtype=dtype), parts, f"{way}: unpacked"))
+        same = Quality(perplexity=perplexity(parts, wanted), worse=0.0, divergence=0.0, agreement=1.0)
+        rows = {"unpacked": same}
         for name in formats:
-            model = load(directory, dtype=dtype, weights=name)
-            rows[name] = measure(model, oracle, parts, base, f"{way}: {name}")
+            rows[name] = measure(load(directory, dtype=dtype, weights=name), parts, wanted, f"{way}: {name}")
         found[way] = rows
     return found
 
