@@ -3,17 +3,17 @@
     python benchmarks/long_context.py                      # 4K, 32K, 128K and 1M; tens of minutes, nearly all prefill
     python benchmarks/long_context.py --contexts 4096 32768 --plot plot.png
 
-The model has every kind of layer (window, CSA, HCA; hash-routed and learned experts) with the published window, rates
-and top-k, and is small elsewhere; its weights are random. For each context one sequence is read in chunks; then decode
-steps of all of them are timed in turn, so that a drifting machine treats them alike. Beside them the same weights in
-transformers, as far as its prefill of one context stays within --peer-minutes. What the indexer and the HCA entries
+The models have every kind of layer (window, CSA, HCA; hash-routed and learned experts) with the published window, rates
+and top-k, and are small elsewhere; their weights are random, in bfloat16, and run through the engine as a user's would.
+For each context one sequence is read; then decode steps of all of them are timed in turn, so that a drifting machine
+treats them alike. Beside them the same weights in transformers, as far as its prefill of one context stays within
+--peer-minutes. What the indexer and the HCA entries
 must add is predicted from their bytes and multiplications and the machine's own ceilings. Prints a table and one JSON
 line last; --plot draws both.
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import shlex
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,17 +34,21 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from daedal import shapes
+from daedal.checkpoint.load import load
 from daedal.checkpoint.save import save
 from daedal.config import ModelConfig
-from daedal.infer.cache import REWIND, PagedCache
-from daedal.infer.memory import keep_freed_memory
-from daedal.model.batch import RaggedBatch
+from daedal.infer.cache import REWIND
+from daedal.infer.engine import Engine
+from daedal.infer.request import Request, SamplingParams
+from daedal.model.packing import WEIGHTS
 from daedal.model.transformer import Transformer, empty, initialise
 
 PAGE = 128
-ROUNDS = 101  # each times one decode step at every context
+ROUNDS = 101  # at most; each times one decode step at every context
+ANSWER = 2 * ROUNDS + 8  # tokens that a sequence may be continued by
+STEP = 512  # tokens of one step of the engine
 
-MODEL = {
+TINY: dict[str, object] = {
     "model_type": "deepseek_v4",
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -75,8 +80,28 @@ MODEL = {
     },
     "max_position_embeddings": 1048576 + 4096,
     "num_nextn_predict_layers": 0,
-    "torch_dtype": "float32",
+    "torch_dtype": "bfloat16",
 }
+# 107 million parameters, 39 million active.
+SMALL = TINY | {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 256,
+    "o_groups": 4,
+    "o_lora_rank": 128,
+    "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 128],
+    "index_n_heads": 8,
+    "index_head_dim": 64,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_hash_layers": 2,
+}
+MODELS = {"tiny": TINY, "small": SMALL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +119,12 @@ class Point:
 
 
 def predicted_cache_bytes(config: ModelConfig, tokens: int) -> int:
-    """From `shapes` alone: whole pages of the rows that stay, and one sequence's rings, all rows in float32."""
+    """From `shapes` alone: whole pages of the rows that stay, and one sequence's rings; in bfloat16 but for wide rows."""
     pages = -(-tokens // PAGE)
     total = 0
     for slot in shapes.cache(config):
         rows = slot.ring + REWIND if slot.ring else pages * PAGE // slot.rate
-        total += rows * slot.numel * 4
+        total += rows * slot.numel * (4 if slot.wide else 2)
     return total
 
 
@@ -110,12 +135,12 @@ def entry_work(config: ModelConfig, context: int) -> tuple[int, int]:
     for slot in shapes.cache(config):
         if slot.name == "index_key":
             rows = context // slot.rate
-            nbytes += rows * slot.numel * 4
+            nbytes += rows * slot.numel * 2
             # Scores per head, then their weighted sum and the choice of the best, which pass over every score.
             work += rows * index_heads * slot.numel
         elif slot.name == "entry" and slot.rate > 4:
             rows = context // slot.rate
-            nbytes += rows * slot.numel * 4
+            nbytes += rows * slot.numel * 2
             work += 2 * rows * heads * slot.numel
     return nbytes, work
 
@@ -136,32 +161,31 @@ def _time(call: Any) -> float:
 
 
 class Reader:
-    """One sequence, read in chunks and continued token by token."""
+    """One sequence of an engine: its prompt is read in chunks, then it is continued token by token."""
 
-    def __init__(self, model: Transformer, tokens: int, chunk: int):
-        self.model, self.chunk, self.length = model, chunk, 0
-        self.generator = torch.Generator().manual_seed(1)
-        self.pages = -(-tokens // PAGE)
-        self.cache = PagedCache(model.config, num_pages=self.pages, page_size=PAGE, dtype=model.dtype)
+    def __init__(self, model: Transformer, tokens: int):
+        self.length = tokens
+        self.engine = Engine(model, max_batch=1, max_context=tokens + ANSWER, page_size=PAGE)
+        ids = torch.randint(model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
+        params = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+        self.engine.add(Request(id="only", prompt=tuple(ids), params=params))
+
+    def read(self, advance: Callable[[int], None]) -> float:
+        """Seconds until the first token of the answer."""
+        start, tokens = time.perf_counter(), 0
+        while not any(output.ids for output in self.engine.step()):
+            tokens += STEP
+            advance(tokens)
+        advance(self.length)
+        return time.perf_counter() - start
 
     def feed(self, count: int) -> None:
-        ids = torch.randint(self.model.config.vocab_size, (count,), generator=self.generator).tolist()
-        used = -(-(self.length + count) // PAGE)
-        view = self.cache.view([tuple(range(used))], [self.length], [count])
-        self.model(RaggedBatch.of([ids], [self.length]), view, rows=torch.tensor([count - 1]))
-        self.length += count
+        for _ in range(count):
+            self.engine.step()
 
-    def bytes_used(self) -> int:
-        """Bytes of the cache that belong to the sequence: its pages so far, and its rings."""
-        used = -(-self.length // PAGE)
-        total = 0
-        for layer, pools in self.cache.pools.items():
-            for name, pool in pools.items():
-                ring = any(
-                    slot.ring for slot in shapes.cache(self.model.config) if (slot.layer, slot.name) == (layer, name)
-                )
-                total += pool.nbytes if ring else pool.nbytes // self.pages * used
-        return total
+    def cache_bytes(self) -> int:
+        """Bytes of the cache as allocated."""
+        return self.engine.stats().kv_bytes_total
 
 
 class Peer:
@@ -170,7 +194,7 @@ class Peer:
     def __init__(self, directory: Path):
         from transformers import DeepseekV4ForCausalLM
 
-        self.model = DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model = DeepseekV4ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
         self.generator = torch.Generator().manual_seed(1)
         self.past: Any = None
         self.length = 0
@@ -181,62 +205,64 @@ class Peer:
         self.past, self.length = result.past_key_values, self.length + count
 
 
-def read_to(side: Reader | Peer, context: int, chunk: int, limit: float, advance: Any) -> float | None:
+def read_peer(peer: Peer, context: int, chunk: int, limit: float) -> float | None:
     """Seconds until `context` tokens are read; None, and it stops, beyond `limit` seconds."""
     start = time.perf_counter()
-    while side.length < context:
-        side.feed(min(chunk, context - side.length))
-        advance(side.length)
+    while peer.length < context:
+        peer.feed(min(chunk, context - peer.length))
         if time.perf_counter() - start > limit:
             return None
     return time.perf_counter() - start
 
 
-def decode_ms(sides: list[Reader | Peer | None]) -> list[float | None]:
-    """The median time of one more token for each side, all asked in turn in every round."""
+def decode_ms(sides: Sequence[Reader | Peer | None], seconds: float) -> list[float | None]:
+    """The median time of one more token for each side, all asked in turn in every round, for at least 5 rounds."""
     times: list[list[float]] = [[] for _ in sides]
-    for _ in range(ROUNDS):
+    start = time.perf_counter()
+    for done in range(ROUNDS):
+        if done >= 5 and time.perf_counter() - start > seconds:
+            break
         for side, taken in zip(sides, times, strict=True):
             if side is not None:
+                side.feed(1)  # what the others left in the processor's cache is not its own
                 taken.append(_time(lambda side=side: side.feed(1)))
     return [1e3 * statistics.median(taken) if taken else None for taken in times]
 
 
 def measure(options: argparse.Namespace) -> list[Point]:
-    config = ModelConfig.from_published(MODEL)
-    model = initialise(empty(config), seed=0)
+    config = ModelConfig.from_published(MODELS[options.model])
     contexts = sorted(options.contexts)
-    readers, peers, seconds, peer_seconds = [], [], [], []
+    readers: list[Reader] = []
+    peers: list[Peer | None] = []
+    seconds, peer_seconds = [], []
     with tempfile.TemporaryDirectory() as directory, Progress(console=Console(stderr=True)) as progress:
-        save(model, Path(directory))
+        save(initialise(empty(config, dtype=torch.bfloat16), seed=0), Path(directory))
+        model = load(Path(directory), dtype=torch.bfloat16, weights=options.weights)
         for context in contexts:
             bar = progress.add_task(f"{context} tokens", total=context)
-            readers.append(Reader(model, context + ROUNDS, options.chunk))
-            seconds.append(read_to(readers[-1], context, options.chunk, math.inf, partial(_advance, progress, bar)))
+            readers.append(Reader(model, context))
+            seconds.append(readers[-1].read(partial(_advance, progress, bar)))
             reachable = options.peer_minutes > 0 and None not in peer_seconds
             peer = Peer(Path(directory)) if reachable else None
             limit = 60 * options.peer_minutes
-            peer_seconds.append(
-                None if peer is None else read_to(peer, context, options.peer_chunk, limit, lambda _: None)
-            )
+            peer_seconds.append(None if peer is None else read_peer(peer, context, options.peer_chunk, limit))
             peers.append(peer if peer_seconds[-1] is not None else None)
+    times = decode_ms([*readers, *peers], options.seconds)
     bandwidth, rate = ceilings()
-    times = decode_ms([*readers, *peers])
     first_bytes, first_work = entry_work(config, contexts[0])
     points = []
     for index, (context, reader) in enumerate(zip(contexts, readers, strict=True)):
         nbytes, work = entry_work(config, context)
-        ms, read = times[index], seconds[index]
+        ms = times[index]
         assert ms is not None
-        assert read is not None
         points.append(
             Point(
                 context=context,
-                prefill_seconds=read,
+                prefill_seconds=seconds[index],
                 decode_ms=ms,
                 predicted_extra_ms=1e3 * max((nbytes - first_bytes) / bandwidth, (work - first_work) / rate),
-                cache_bytes=reader.bytes_used(),
-                predicted_cache_bytes=predicted_cache_bytes(config, reader.length),
+                cache_bytes=reader.cache_bytes(),
+                predicted_cache_bytes=predicted_cache_bytes(config, context + ANSWER),
                 peer_prefill_seconds=peer_seconds[index],
                 peer_decode_ms=times[len(contexts) + index],
             )
@@ -249,7 +275,7 @@ def _advance(progress: Progress, bar: TaskID, done: int) -> None:
 
 
 def show(points: list[Point]) -> None:
-    table = Table(title="A V4-shaped model at long contexts, one sequence, float32")
+    table = Table(title="A V4-shaped model at long contexts, one sequence")
     for name in (
         "context",
         "prefill, s",
@@ -308,12 +334,13 @@ def plot(points: list[Point], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072, 1048576])
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--model", default="tiny", choices=MODELS)
+    parser.add_argument("--weights", default="bf16", choices=WEIGHTS, help="as daedal.load packs them")
     parser.add_argument("--peer-chunk", type=int, default=512)
     parser.add_argument("--peer-minutes", type=float, default=5.0, help="stop transformers beyond; 0 leaves it out")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of decode steps in all, once five rounds are done")
     parser.add_argument("--plot", type=Path, default=None)
     options = parser.parse_args()
-    keep_freed_memory()
     with torch.inference_mode():
         points = measure(options)
     show(points)
