@@ -119,7 +119,7 @@ class Point:
 
 
 def predicted_cache_bytes(config: ModelConfig, tokens: int) -> int:
-    """From `shapes` alone: whole pages of the rows that stay, and one sequence's rings; in bfloat16 but for wide rows."""
+    """From `shapes` alone: whole pages of rows that stay, and one sequence's rings; in bfloat16 but for wide rows."""
     pages = -(-tokens // PAGE)
     total = 0
     for slot in shapes.cache(config):
