@@ -1,4 +1,4 @@
-"""The sides of `peers.py`, each in a process of its own: `python peer_sides.py SIDE FILE WEIGHTS THREADS`.
+"""The sides of `peers.py`, each in a process of its own: `python peer_sides.py SIDE FILE WEIGHTS THREADS CACHE`.
 
 A side loads its file, reads a short prompt to the first token, says how long that took, and then answers requests from
 standard input, one JSON object a line, on standard output. What is asked of all: the seconds of decode steps at a given
@@ -43,7 +43,7 @@ class Side(Protocol):
 class Daedal:
     PAGE = 16
 
-    def __init__(self, directory: Path, weights: str, threads: int):
+    def __init__(self, directory: Path, weights: str, threads: int, kv_cache_dtype: str = "auto"):
         import torch
 
         import daedal
@@ -52,6 +52,7 @@ class Daedal:
         # "plain" is the model in bfloat16 without packing, through whatever ops the machine has.
         self.directory, self.weights = directory, None if weights == "plain" else weights
         self.model = daedal.load(directory, device="cpu", dtype=torch.bfloat16, weights=self.weights)
+        self.kv_cache_dtype: Any = kv_cache_dtype
         self.engine: Any = None
         self.shape = (0, 0)
 
@@ -60,7 +61,13 @@ class Daedal:
 
         self.engine = None
         self.shape = (batch, length)
-        self.engine = daedal.Engine(self.model, max_batch=batch, max_context=length, page_size=self.PAGE)
+        self.engine = daedal.Engine(
+            self.model,
+            max_batch=batch,
+            max_context=length,
+            page_size=self.PAGE,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
     def _add(self, ids: list[int], *, name: str, answer: int) -> None:
         from daedal.infer.request import Request, SamplingParams
@@ -190,12 +197,15 @@ class Transformers:
         return inner.model(torch.tensor([ids])).logits[0].float().numpy()
 
 
-def make(name: str, path: Path, weights: str, threads: int) -> Side:
+def make(name: str, path: Path, weights: str, threads: int, kv_cache_dtype: str) -> Side:
+    """kv_cache_dtype: Daedal's alone; peers keep theirs as they do."""
+    if name == "daedal":
+        return Daedal(path, weights, threads, kv_cache_dtype)
     if name == "llama.cpp":
         from llama_side import LlamaCpp
 
         return LlamaCpp(path, threads)
-    return {"daedal": Daedal, "transformers": Transformers}[name](path, weights, threads)
+    return Transformers(path, weights, threads)
 
 
 def bring_in(name: str) -> None:
@@ -247,13 +257,13 @@ def _time(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    name, path, weights, threads = sys.argv[1:5]
+    name, path, weights, threads, kv_cache_dtype = sys.argv[1:6]
     replies = sys.stdout
     sys.stdout = sys.stderr
     try:
         bring_in(name)
         started = time.perf_counter()
-        side = make(name, Path(path), weights, int(threads))
+        side = make(name, Path(path), weights, int(threads), kv_cache_dtype)
         side.prefill(PROMPT[:4])
         ready = {"load_seconds": time.perf_counter() - started}
     except (ImportError, ValueError, RuntimeError) as error:

@@ -4,6 +4,7 @@
     python benchmarks/peers.py --models a a2 smol --weights int4 --rounds 5
     python benchmarks/peers.py --models v2lite --weights int4   # 15.7 billion random weights, Daedal alone
     python benchmarks/peers.py --weights plain                  # Daedal without packing, beside BF16
+    python benchmarks/peers.py --kv-cache-dtype fp8             # Daedal's cache in 8 bits, the peers' as it is
 
 Needs `pip install "daedal[bench]"`. Each side lives in a process of its own (`peer_sides.py`) and is asked in turn,
 round after round; rates are medians over rounds, ratios medians of the rounds' own, with their least and largest. The
@@ -50,7 +51,7 @@ AGREED = 1e-3  # of the logits' deviation, in float32
 class Side(Process):
     """A side's process. absent: why there is none; then it must not be asked."""
 
-    def __init__(self, name: str, path: Path, weights: str, threads: int):
+    def __init__(self, name: str, path: Path, weights: str, threads: int, kv_cache_dtype: str = "auto"):
         script = Path(__file__).with_name("peer_sides.py")
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
@@ -58,7 +59,7 @@ class Side(Process):
             "PYTHONPATH": str(script.parents[1]),
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(script), name, str(path), weights, str(threads)],
+            [sys.executable, str(script), name, str(path), weights, str(threads), kv_cache_dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -77,7 +78,7 @@ def width(weights: str) -> str:
     return "bf16" if weights == "plain" else weights
 
 
-def started(name: str, model: str, weights: str, threads: int) -> Side | str:
+def started(name: str, model: str, weights: str, threads: int, kv_cache_dtype: str) -> Side | str:
     """A side with its file in the page cache, or why there is none."""
     form = width(weights)
     if name == "transformers" and (form != "bf16" or model == "v2lite"):
@@ -90,7 +91,7 @@ def started(name: str, model: str, weights: str, threads: int) -> Side | str:
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             file.read_bytes()
-    side = Side(name, path, weights, threads)
+    side = Side(name, path, weights, threads, kv_cache_dtype)
     if side.absent is not None:
         side.close()
         return side.absent
@@ -188,12 +189,19 @@ def compare(
     model: str, weights: str, options: argparse.Namespace, bandwidth: float, console: Console
 ) -> dict[str, Any]:
     """Everything about one model in one width, shown and returned."""
-    found = {name: started(name, model, weights, options.threads) for name in options.sides}
+    found = {name: started(name, model, weights, options.threads, options.kv_cache_dtype) for name in options.sides}
     sides = {name: side for name, side in found.items() if isinstance(side, Side)}
     absent = {name: side for name, side in found.items() if isinstance(side, str)}
     for name, reason in absent.items():
         console.print(f"{model} {weights}: no {name}: {reason}", markup=False)
-    result: dict[str, Any] = {"model": model, "weights": weights, "absent": absent, "rows": []}
+    cache = options.kv_cache_dtype
+    result: dict[str, Any] = {
+        "model": model,
+        "weights": weights,
+        "kv_cache_dtype": cache,
+        "absent": absent,
+        "rows": [],
+    }
     if not sides:
         return result
     config = ModelConfig.read(peer_models.checkpoint(model, width(weights)))
@@ -204,7 +212,8 @@ def compare(
         result[f"{name} peak_bytes"] = side.ask("peak")["peak_bytes"]
         result[f"{name} load_seconds"] = side.load_seconds
         side.close()
-    console.print(table(f"model {model}, {weights}: tokens per second, all sequences", result["rows"], list(sides)))
+    shown = weights if cache == "auto" else f"{weights}, cache {cache}"
+    console.print(table(f"model {model}, {shown}: tokens per second, all sequences", result["rows"], list(sides)))
     for name in sides:
         console.print(
             f"{name}: peak memory {result[f'{name} peak_bytes'] / 2**20:.0f} MiB, load to first token "
@@ -226,6 +235,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="*", default=["llama.cpp", "transformers"], choices=("llama.cpp", "transformers")
     )
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of Daedal's cache")
     parser.add_argument("--without-daedal", action="store_true", help="the peers alone")
     parser.add_argument("--phases", nargs="+", default=["decode", "prefill"], choices=("decode", "prefill"))
     parser.add_argument("--longest", type=int, default=8192, help="leave out cases of more tokens")

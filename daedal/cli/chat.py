@@ -24,6 +24,7 @@ from daedal.cli.opening import (
     DeviceOption,
     DtypeOption,
     FormatOption,
+    KvCacheOption,
     Limits,
     ModelArgument,
     Opened,
@@ -59,6 +60,7 @@ def command(
         typer.Option("--thinking/--no-thinking", help="Think first; as the chat format has it if not given."),
     ] = None,
     effort: Annotated[str | None, typer.Option(help="How hard to think, in the chat format's own words.")] = None,
+    kv_cache_dtype: KvCacheOption = "auto",
     cache_gb: CacheOption = None,
     max_context: ContextOption = None,
     chat_format: FormatOption = None,
@@ -66,7 +68,7 @@ def command(
     draft_tokens: DraftTokensOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
-    limits = Limits(cache_gb=cache_gb, max_context=max_context, max_batch=1)
+    limits = Limits(cache_gb=cache_gb, max_context=max_context, max_batch=1, kv_cache_dtype=kv_cache_dtype)
     drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
     opened = open_model(
         model,

@@ -46,7 +46,8 @@ NOTABLE_FEATURES = (
 NATIVE_LEVELS = {
     "amx": "AVX-512 with bfloat16, VNNI and the matrix unit (AMX)",
     "avx512": "AVX-512 with bfloat16 and VNNI; without a matrix unit prompts are read several times slower",
-    "avx2": "AVX2; without AVX-512 packed weights are read about half as fast, prompts several times slower",
+    "avx2": "AVX2; packed weights are read nearly as fast as with AVX-512, prompts several times slower than with AMX",
+    "dotprod": "NEON with dot products; checked under an emulator only, its speed is not known",
     "generic": "what the compiler makes of plain vectors (NEON on ARM); several times slower than AVX-512",
 }
 

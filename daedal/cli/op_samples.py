@@ -63,6 +63,7 @@ def samples(device: "torch.device", dtype: "torch.dtype", weights: str | None = 
         **_sparse(zeros, rows),
         **_groups(zeros),
         **_streams(zeros),
+        **_training(zeros),
     }
 
 
@@ -96,6 +97,7 @@ def _groups(zeros: "Zeros") -> dict[str, Call]:
     entries = PagedRows(zeros(TOKENS, (PAST + 1) // RATE, LATENT), pages)
     weights = zeros(RATE, 2 * LATENT, of=torch.float32), zeros(LATENT)
     return {
+        "keep_on_pages": ((zeros(TOKENS, LATENT), torch.arange(TOKENS, device=entries.pool.device), entries), {}),
         "keep_in_ring": ((zeros(TOKENS, LATENT), starts, pasts, zeros(TOKENS, SPAN, LATENT), states), {}),
         "pool_groups": (
             (*rows, *weights, *turn, starts, pasts, ring, states, entries),
@@ -119,4 +121,20 @@ def _streams(zeros: "Zeros") -> dict[str, Call]:
             (streams, weights[0][:STREAMS], weights[1][:STREAMS], weights[2][:1]),
             {"norm_eps": 1e-6, "eps": 1e-6},
         ),
+    }
+
+
+def _training(zeros: "Zeros") -> dict[str, Call]:
+    """Products in the arithmetic of FP8 training; their weights are never packed."""
+    import torch
+
+    from daedal.ops.arithmetic import FP8
+
+    x_TD = zeros(TOKENS, HIDDEN)
+    ids_TA = torch.arange(ACTIVE, device=x_TD.device).repeat(TOKENS, 1)
+    routed = x_TD, ids_TA, zeros(TOKENS, ACTIVE, of=torch.float32)
+    matrices = zeros(EXPERTS, 2 * WIDTH, HIDDEN), zeros(EXPERTS, HIDDEN, WIDTH)
+    return {
+        "scaled_linear": ((x_TD, zeros(WIDTH, HIDDEN), FP8), {}),
+        "scaled_experts": ((*routed, *matrices, FP8), {"limit": 10.0}),
     }

@@ -15,6 +15,7 @@ from daedal.cli.opening import (
     DeviceOption,
     DtypeOption,
     FormatOption,
+    KvCacheOption,
     Limits,
     ModelArgument,
     open_model,
@@ -22,6 +23,14 @@ from daedal.cli.opening import (
 )
 from daedal.cli.units import in_bytes
 from daedal.cli.weights import WeightsOption
+
+PrefillOption = Annotated[
+    float,
+    typer.Option(
+        help="Milliseconds that a step may read prompts while answers wait for their next token. How many tokens "
+        "that is, the engine learns; with --deterministic it has no effect."
+    ),
+]
 
 
 def command(
@@ -32,6 +41,7 @@ def command(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "auto",
+    kv_cache_dtype: KvCacheOption = "auto",
     cache_gb: CacheOption = None,
     max_context: ContextOption = None,
     chat_format: FormatOption = None,
@@ -41,6 +51,7 @@ def command(
         bool,
         typer.Option("--deterministic", help="Same request, same numbers, whatever else runs; prompts read slower."),
     ] = False,
+    prefill_ms: PrefillOption = 100.0,
     speculate: SpeculateOption = None,
     draft_tokens: DraftTokensOption = None,
 ) -> None:
@@ -51,6 +62,8 @@ def command(
         max_batch=max_batch,
         max_waiting=max_waiting,
         deterministic=deterministic,
+        prefill_ms=prefill_ms,
+        kv_cache_dtype=kv_cache_dtype,
     )
     drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
     from daedal.serve.server import bind, run

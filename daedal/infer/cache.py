@@ -5,7 +5,9 @@ page as its tokens fill; rows of which only the last few are read lie in a ring,
 at once. Where a row lies follows from its position alone, so a cache is rewound by saying a smaller past: nothing is
 undone, rows beyond are simply written again, and rings are a little longer than needed so that a few rejected tokens
 cannot have overwritten what is still wanted. The pools are not cleared: rows that were never written may hold anything,
-and are never read. Does not know whose pages these are.
+and are never read. With `kv_dtype="fp8"` what grows with the context, latents and compressed entries, is packed in
+eight bits but for its rotated part (decision 016); rings and the indexer's keys stay as they are. Does not know whose
+pages these are.
 """
 
 import math
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,11 +23,14 @@ from torch import Tensor
 from daedal import ops, shapes
 from daedal.config import ModelConfig
 from daedal.model.batch import GroupRows
+from daedal.ops.packed_rows import PackedRows
 from daedal.ops.rings import RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
 from daedal.shapes import Slot
 
 REWIND = 8  # tokens that may be fed and then withdrawn
+
+KvDtype = Literal["auto", "fp8"]  # auto: rows in the model's own dtype
 
 
 def page_multiple(config: ModelConfig) -> int:
@@ -32,10 +38,17 @@ def page_multiple(config: ModelConfig) -> int:
     return math.lcm(*(slot.rate for slot in shapes.cache(config, drafting=True)))
 
 
-def page_nbytes(config: ModelConfig, page_size: int, dtype: torch.dtype, *, drafting: bool = False) -> int:
-    """Bytes of one page of `page_size` tokens over all layers and slots, rows kept in `dtype`."""
+def page_nbytes(
+    config: ModelConfig, page_size: int, dtype: torch.dtype, *, drafting: bool = False, kv_dtype: KvDtype = "auto"
+) -> int:
+    """Bytes of one page of `page_size` tokens over all layers and slots, rows kept in `dtype` or as `kv_dtype` says."""
     paged = (slot for slot in shapes.cache(config, drafting=drafting) if not slot.ring)
-    return sum(page_size // slot.rate * slot.numel * _kept(slot, dtype).itemsize for slot in paged)
+    return sum(page_size // slot.rate * _row_nbytes(slot, dtype, kv_dtype) for slot in paged)
+
+
+def can_pack(config: ModelConfig) -> bool:
+    """Whether the model has any rows that `kv_dtype="fp8"` packs."""
+    return any(slot.exact is not None for slot in shapes.cache(config))
 
 
 def state_nbytes(config: ModelConfig, dtype: torch.dtype, *, drafting: bool = False) -> int:
@@ -52,11 +65,24 @@ def _kept(slot: Slot, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if slot.wide and dtype != torch.float64 else dtype
 
 
+def _packing(slot: Slot, dtype: torch.dtype, kv_dtype: KvDtype) -> PackedRows | None:
+    if kv_dtype == "auto" or slot.exact is None:
+        return None
+    (dim,) = slot.shape
+    return PackedRows(dim - slot.exact, slot.exact, dtype)
+
+
+def _row_nbytes(slot: Slot, dtype: torch.dtype, kv_dtype: KvDtype) -> int:
+    packing = _packing(slot, dtype, kv_dtype)
+    return slot.numel * _kept(slot, dtype).itemsize if packing is None else packing.nbytes
+
+
 class PagedCache:
     """A pool for every slot of every layer.
 
-    Paged slots: [P, N / rate, *slot shape] for `num_pages` pages of `page_size` tokens. Ring slots: [num_states, ring
-    + REWIND, *slot shape]. drafting: also for the model's own drafting modules, as layers after the last.
+    Paged slots: [P, N / rate, *slot shape] for `num_pages` pages of `page_size` tokens, bytes in place of the slot's
+    shape where `kv_dtype` packs them. Ring slots: [num_states, ring + REWIND, *slot shape]. drafting: also for the
+    model's own drafting modules, as layers after the last.
     """
 
     def __init__(
@@ -69,23 +95,32 @@ class PagedCache:
         device: torch.device | str = "cpu",
         num_states: int = 1,
         drafting: bool = False,
+        kv_dtype: KvDtype = "auto",
     ):
         assert page_size % page_multiple(config) == 0
         self.page_size = page_size
         self._device = torch.device(device)
         self._slots: dict[tuple[int, str], Slot] = {}
         self._pools: dict[int, dict[str, Tensor]] = {}
+        self._packings: dict[tuple[int, str], PackedRows | None] = {}
         for slot in shapes.cache(config, drafting=drafting):
             assert slot.layer is not None
             rows = (num_states, _ring_rows(slot)) if slot.ring else (num_pages, page_size // slot.rate)
-            pool = torch.empty((*rows, *slot.shape), dtype=_kept(slot, dtype), device=device)
+            packing = _packing(slot, dtype, kv_dtype)
+            row, kept = (slot.shape, _kept(slot, dtype)) if packing is None else ((packing.nbytes,), torch.uint8)
+            pool = torch.empty((*rows, *row), dtype=kept, device=device)
             self._pools.setdefault(slot.layer, {})[slot.name] = pool
             self._slots[slot.layer, slot.name] = slot
+            self._packings[slot.layer, slot.name] = packing
 
     @property
     def pools(self) -> Mapping[int, Mapping[str, Tensor]]:
         """Layer to slot name to pool."""
         return self._pools
+
+    def paged(self, layer: int, name: str, pages: Pages) -> PagedRows:
+        """A paged slot's rows."""
+        return PagedRows(self._pools[layer][name], pages, self._packings[layer, name])
 
     @property
     def slots(self) -> Mapping[tuple[int, str], Slot]:
@@ -153,7 +188,9 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PagedView:
-    """One step's `CacheView`; rows are kept in the pools' dtype. Raises ValueError for slots that the layer lacks."""
+    """One step's `CacheView`; rows are kept in the pools' dtype, or packed. Raises ValueError for slots that the layer
+    lacks.
+    """
 
     cache: PagedCache
     places: Places
@@ -163,9 +200,9 @@ class PagedView:
 
     def _extend(self, layer: int, name: str, rows: Tensor) -> PagedRows:
         self._check(layer, name, "a row for each token")
-        pool = self.cache.pools[layer][name]
-        pool.flatten(0, 1).index_copy_(0, self.places.written_T, rows.to(pool.dtype))
-        return PagedRows(pool, self.places.pages[1])
+        kept = self.cache.paged(layer, name, self.places.pages[1])
+        ops.keep_on_pages(rows.to(kept.dtype), self.places.written_T, kept)
+        return kept
 
     def recent(self, layer: int, name: str, rows: Tensor) -> FlatRows | RingRows:
         slot = self._check(layer, name, "the last rows")
@@ -181,8 +218,8 @@ class PagedView:
     def groups(self, layer: int, ring: str, entries: str) -> GroupRows:
         self._check(layer, ring, "the last rows")
         slot = self._check(layer, entries, "a row for each group")
-        pools = self.cache.pools[layer]
-        return GroupRows(pools[ring], self.places.states, PagedRows(pools[entries], self.places.pages[slot.rate]))
+        kept = self.cache.paged(layer, entries, self.places.pages[slot.rate])
+        return GroupRows(self.cache.pools[layer][ring], self.places.states, kept)
 
     def _check(self, layer: int, name: str, kind: str) -> Slot:
         slot = self.cache.slots.get((layer, name))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from daedal.infer.cache import PagedCache
 from daedal.infer.feeding import feed
-from daedal.infer.sampling import greedy
+from daedal.infer.sampling import Logits, greedy
 from daedal.infer.scheduler import Chunk, Step
 from daedal.model.transformer import Transformer
 
@@ -44,7 +44,7 @@ class ModelDrafter:
             hidden_BD = self._feed(going)
             rows = [row for row, chunk in enumerate(going) if chunk.max_drafts > place]
             going = [going[row] for row in rows]
-            for chunk, token in zip(going, greedy(self._model.head(hidden_BD[rows])), strict=True):
+            for chunk, token in zip(going, greedy(Logits(self._model.head(hidden_BD[rows]))), strict=True):
                 self._reads[chunk.request_id].tokens.append(token)
             place += 1
             going = [chunk for chunk in going if chunk.max_drafts > place]

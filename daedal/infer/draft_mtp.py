@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daedal.infer.cache import PagedCache
 from daedal.infer.feeding import feed
-from daedal.infer.sampling import greedy
+from daedal.infer.sampling import Logits, greedy
 from daedal.infer.scheduler import Chunk, Step
 from daedal.model.transformer import Transformer
 
@@ -45,7 +45,7 @@ class MtpDrafter:
         states = torch.stack([self._last[chunk.request_id].state for chunk in going])
         place = 0
         while True:
-            tokens = greedy(self._model.head(self._model.finish_draft(_MODULE, states)))
+            tokens = greedy(Logits(self._model.head(self._model.finish_draft(_MODULE, states))))
             for chunk, token in zip(going, tokens, strict=True):
                 drafts[chunk.request_id].append(token)
             rows = [row for row, chunk in enumerate(going) if chunk.max_drafts > place + 1]

@@ -1,24 +1,26 @@
 """The engine: requests in, tokens out. It joins the scheduler, the runner of the model, sampling and stopping.
 
 One step runs one flat batch of prompt chunks, single tokens and drafts. An engine belongs to one thread. It knows
-nothing of HTTP, chat templates or clocks, and text only through the tokenizer it is given.
+nothing of HTTP and chat templates, and text only through the tokenizer it is given.
 """
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
 
 from daedal import ops
 from daedal.errors import ConfigError, OverloadError, RequestError
 from daedal.infer.admission import Limits
+from daedal.infer.cache import KvDtype
 from daedal.infer.live import Live, Rows
 from daedal.infer.memory import keep_freed_memory, plan_pages
+from daedal.infer.pace import Pace
 from daedal.infer.pages import PageAllocator
 from daedal.infer.request import Output, Request, SamplingParams
 from daedal.infer.runner import Runner, kept
-from daedal.infer.sampling import RowSampler, check_finite, verify
+from daedal.infer.sampling import Logits, RowSampler, check_finite, verify
 from daedal.infer.scheduler import Chunk, Scheduler, Step
 from daedal.infer.speculative import Acceptance, Speculation
 from daedal.infer.stopping import Ending
@@ -75,8 +77,13 @@ class Engine:
     speculate: who drafts tokens for the model to check several at once; answers stay the same. deterministic: the
     numbers of a request are the same, bit for bit, for any number of threads and whatever runs beside it; prompts are
     then read slower, in chunks of `max_step_tokens - max_batch` tokens, and a request waits until the cache has room
-    for all of it.
-    Raises ConfigError for sizes that cannot be, and for a drafter that cannot draft for this model.
+    for all of it. prefill_ms: how long a step may take that reads prompts beside answers under way: the engine learns
+    from its steps how many tokens that is; None for no bound, and no effect on a deterministic engine. clock: gives
+    seconds.
+    kv_cache_dtype: "auto" keeps rows of the past in the model's dtype, "fp8" packs what latent attention
+    keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little.
+    Raises ConfigError for sizes that cannot be, for a drafter that cannot draft for this model, and for "fp8" without
+    latent attention.
     """
 
     def __init__(
@@ -92,11 +99,12 @@ class Engine:
         max_context: int | None = None,
         speculate: Speculation | None = None,
         deterministic: bool = False,
+        prefill_ms: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        kv_cache_dtype: KvDtype = "auto",
     ):
-        self._model = model
-        self._tokenizer = tokenizer
-        self._max_batch = max_batch
-        self._max_waiting = max_waiting
+        self._model, self._tokenizer = model, tokenizer
+        self._max_batch, self._max_waiting = max_batch, max_waiting
         plan = plan_pages(
             kept(model, speculate),
             device=model.device,
@@ -106,6 +114,7 @@ class Engine:
             page_size=page_size,
             max_waiting=max_waiting,
             max_context=max_context,
+            kv_dtype=kv_cache_dtype,
         )
         if speculate is not None:
             speculate.check(model, plan.context)
@@ -115,7 +124,7 @@ class Engine:
             keep_freed_memory()
         self._plan = plan
         self._pages = PageAllocator(plan.num_pages)
-        self._runner = Runner(model, plan, speculate)
+        self._runner = Runner(model, plan, speculate, exact=deterministic)
         self._limits = Limits(
             vocab_size=model.config.vocab_size,
             context=plan.context,
@@ -132,12 +141,11 @@ class Engine:
             max_drafts=max_drafts,
             chunk=max_step_tokens - max_batch if deterministic else None,
         )
-        self._deterministic = deterministic
+        self._clock, self._pace = clock, _pace(prefill_ms, max_step_tokens)
         self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
         self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
-        self._prompt_tokens_total = 0
-        self._generation_tokens_total = 0
+        self._prompt_tokens_total = self._generation_tokens_total = 0
 
     @property
     def max_context(self) -> int:
@@ -232,12 +240,12 @@ class Engine:
         are then dropped and their pages freed; all others go on with the next step.
         """
         delivered, self._undelivered = self._undelivered, []
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(None if self._pace is None else self._pace.budget)
         if not step.chunks:
             return delivered
+        start = self._clock()
         try:
-            with torch.inference_mode(), ops.exactly(self._deterministic):
-                return delivered + self._run(step)
+            outputs = self._run(step)
         except Exception as error:
             self._undelivered = delivered
             request_ids = tuple(chunk.request_id for chunk in step.chunks)
@@ -246,6 +254,9 @@ class Engine:
                     self._forget(request_id)
             message = f"a step with {len(request_ids)} requests failed and they were dropped: {error}"
             raise StepError(message, request_ids=request_ids) from error
+        if self._pace is not None and (num_tokens := step.num_prompt_tokens):
+            self._pace.took(num_tokens, self._clock() - start)
+        return delivered + outputs
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -292,15 +303,14 @@ class Engine:
     def _run(self, step: Step) -> list[Output]:
         step = self._runner.propose(step)
         rows = Rows.of(step, self._live)
-        logits_NV, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
-        next_NV = logits_NV
+        logits, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
         if rows.prompt_rows:
-            prompt_NV, next_NV = logits_NV.tensor_split([len(rows.prompt_rows)])
-            check_finite(prompt_NV)
-            rows.score_prompts(prompt_NV)
+            prompts, logits = map(Logits, logits.tensor.tensor_split([len(rows.prompt_rows)]))
+            check_finite(prompts)
+            rows.score_prompts(prompts.tensor)
         samplers, drafts = [live.sampler for live, _ in rows.samples], [ids for _, ids in rows.samples]
-        chosen = verify(next_NV, samplers, drafts)
-        entries = rows.score_chosen(next_NV, chosen)
+        chosen = verify(logits, samplers, drafts)
+        entries = rows.score_chosen(logits.tensor, chosen)
         by_id = {live.request.id: ids for (live, _), ids in zip(rows.samples, chosen, strict=True)}
         outputs = []
         for chunk in step.chunks:
@@ -325,6 +335,14 @@ class Engine:
         self._generation_tokens_total += len(output.ids)
         accepted = sum(draft == token for draft, token in zip(chunk.drafts, output.ids, strict=False))
         self._acceptance.count(len(chunk.drafts), accepted)
+
+
+def _pace(prefill_ms: float | None, max_step_tokens: int) -> Pace | None:
+    if prefill_ms is None:
+        return None
+    if not 0 < prefill_ms < math.inf:
+        raise ConfigError(f"prefill_ms is {prefill_ms}: it must be above 0 and finite, or None for no bound")
+    return Pace(prefill_ms / 1000, most=max_step_tokens)
 
 
 def _check_deterministic(

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from daedal.infer.drawing import likeliest
 from daedal.infer.request import TokenLogprobs
-from daedal.infer.sampling import likeliest
 
 _ROWS_AT_ONCE = 64  # bounds the temporaries, each as large as these rows of the vocabulary
 
@@ -48,7 +48,7 @@ def _ranked(logits_NV: Tensor, nums_top: Sequence[int]) -> list[list[tuple[float
     ranked = []
     for row, (values, ids, wanted) in enumerate(zip(values_NC.tolist(), ids_NC.tolist(), nums_top, strict=True)):
         if 0 < wanted < len(values) and values[wanted - 1] == values[wanted]:
-            ids = likeliest(logits_NV[row], wanted).tolist()
+            ids = likeliest(logits_NV[row].cpu().numpy(), wanted).tolist()
             values = logits_NV[row, ids].tolist()
         pairs = sorted(zip(values, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
         ranked.append(pairs[:wanted])

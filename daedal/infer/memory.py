@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 
 from daedal.config import ModelConfig
 from daedal.errors import ConfigError
-from daedal.infer.cache import page_multiple, page_nbytes, state_nbytes
+from daedal.infer.cache import KvDtype, can_pack, page_multiple, page_nbytes, state_nbytes
 
 _PAGE_SIZE = 16
 _FREE_MEMORY_SHARE = 0.5
@@ -34,7 +34,7 @@ class PagePlan:
     """num_pages pages of page_size tokens; context: tokens of prompt and answer that a request may have.
 
     page_bytes: of one page, over all that is kept. state_bytes: of the rings of one running sequence; there are rings
-    for `num_states`.
+    for `num_states`. kv_dtype: as `PagedCache` has it.
     """
 
     num_pages: int
@@ -43,6 +43,7 @@ class PagePlan:
     page_bytes: int
     num_states: int
     state_bytes: int
+    kv_dtype: KvDtype = "auto"
 
     @property
     def nbytes(self) -> int:
@@ -60,13 +61,15 @@ def plan_pages(
     page_size: int | None,
     max_waiting: int | None,
     max_context: int | None,
+    kv_dtype: KvDtype = "auto",
 ) -> PagePlan:
     """Checks an engine's sizes and settles those left open. kept: the model that serves, then any that drafts for it.
 
     Rings of `max_batch` sequences come first, the rest of `cache_bytes` becomes pages. Without `cache_bytes` the cache
     holds `max_batch` requests of the whole context, but takes at most half of the free memory. Without `page_size` a
     page has 16 tokens, fewer in a cache of under 1024, and where entries cover several tokens the least that holds
-    whole ones: 128 in V4. Raises ConfigError.
+    whole ones: 128 in V4. kv_dtype "fp8" packs what it can of every cache, and the serving model's must have some.
+    Raises ConfigError.
     """
     longest = kept[0].config.max_position_embeddings
     context = longest if max_context is None else max_context
@@ -81,20 +84,21 @@ def plan_pages(
             raise ConfigError(f"{name} is {value}: it must be at least {least}")
     if context > longest:
         raise ConfigError(f"max_context is {context}, the model's is {longest}: give at most that")
+    _check_kv_dtype(kv_dtype, kept[0].config)
     unit = math.lcm(*(page_multiple(one.config) for one in kept))
     given_bytes = int(free_bytes(device) * _FREE_MEMORY_SHARE) if cache_bytes is None else cache_bytes
     state_bytes = sum(state_nbytes(one.config, one.dtype, drafting=one.drafting) for one in kept)
     bytes_for_pages = given_bytes - max_batch * state_bytes
     if page_size is None:
         # Small caches get small pages: rounding to whole pages then costs one token in 64 at most.
-        num_tokens = bytes_for_pages // _page_bytes(kept, unit) * unit
+        num_tokens = bytes_for_pages // _page_bytes(kept, unit, kv_dtype) * unit
         page_size = unit * max(min(_PAGE_SIZE, num_tokens // 64) // unit, 1)
     if page_size % unit:
         raise ConfigError(
             f"page_size is {page_size}: a page of this model must hold whole compressed entries, give a multiple of "
             f"{unit}"
         )
-    page_bytes = _page_bytes(kept, page_size)
+    page_bytes = _page_bytes(kept, page_size, kv_dtype)
     num_pages = bytes_for_pages // page_bytes
     if num_pages < 1:
         size = "half of the free memory" if cache_bytes is None else "cache_bytes"
@@ -108,11 +112,22 @@ def plan_pages(
         page_bytes=page_bytes,
         num_states=max_batch,
         state_bytes=state_bytes,
+        kv_dtype=kv_dtype,
     )
 
 
-def _page_bytes(kept: Sequence[Kept], page_size: int) -> int:
-    return sum(page_nbytes(one.config, page_size, one.dtype, drafting=one.drafting) for one in kept)
+def _check_kv_dtype(kv_dtype: KvDtype, config: ModelConfig) -> None:
+    if kv_dtype not in get_args(KvDtype):
+        raise ConfigError(f"kv_cache_dtype is {kv_dtype!r}: it may be {' or '.join(get_args(KvDtype))}")
+    if kv_dtype == "fp8" and not can_pack(config):
+        raise ConfigError(
+            f"kv_cache_dtype fp8 packs the rows of latent attention, and {config.model_type} keeps keys and values of "
+            "each head: use auto"
+        )
+
+
+def _page_bytes(kept: Sequence[Kept], page_size: int, kv_dtype: KvDtype) -> int:
+    return sum(page_nbytes(one.config, page_size, one.dtype, drafting=one.drafting, kv_dtype=kv_dtype) for one in kept)
 
 
 def _refuse(given: str, page_bytes: int, max_batch: int, state_bytes: int) -> NoReturn:

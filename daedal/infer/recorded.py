@@ -6,17 +6,16 @@ in tokens, positions and pages and run them all at once, with no Python between.
 recorded is named in `refusal`, and its steps run op by op.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from daedal import ops
 from daedal.infer.cache import PagedCache, PagedView, Places
+from daedal.infer.sampling import Logits
 from daedal.infer.scheduler import Chunk
 from daedal.model.batch import RaggedBatch
 from daedal.ops.rings import Lasting
@@ -24,8 +23,6 @@ from daedal.ops.rows import MovingPages, Unrecordable
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class RecordedSteps:
@@ -38,23 +35,30 @@ class RecordedSteps:
         self._steps: dict[int, _Recorded] = {}
         self.refusal = None if model.device.type == "cpu" else f"native kernels run on the CPU, not on {model.device}"
 
-    def run(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """logits_BV in float32, overwritten by the next step; None where the step is none of this kind."""
-        # The first token of a sequence may take another form of attention than all later ones.
-        if self.refusal is not None or any(len(chunk.fed) != 1 or not chunk.past for chunk in chunks):
-            return None
-        if ops.unrecordable() is not None:
-            return None
+    def replay(self, chunks: Sequence[Chunk]) -> Logits | None:
+        """A row for each chunk, overwritten by the next step; None where no such step was recorded."""
         recorded = self._steps.get(len(chunks))
-        if recorded is not None:
-            return recorded.replay(chunks)
+        return recorded.replay(chunks) if recorded is not None and self._takes(chunks) else None
+
+    def record(self, chunks: Sequence[Chunk]) -> Logits | None:
+        """The same for a step that was not; None where it is none of this kind."""
+        if not self._takes(chunks):
+            return None
         try:
             recorded = _Recorded(self._model, self._cache, chunks, self._max_pages)
         except Unrecordable as reason:
             self.refusal = str(reason)
             return None
         self._steps[len(chunks)] = recorded
-        return recorded.logits_BV
+        return recorded.logits
+
+    def _takes(self, chunks: Sequence[Chunk]) -> bool:
+        # The first token of a sequence may take another form of attention than all later ones.
+        return (
+            self.refusal is None
+            and all(len(chunk.fed) == 1 and chunk.past for chunk in chunks)
+            and ops.unrecordable() is None
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,13 +71,8 @@ class _MovingBatch(RaggedBatch):
         return self.firsts[rate]
 
 
-def _rows_of(rate: int, chunk: Chunk) -> int:
-    """Rows of `rate` tokens that there are once the chunk's token is read."""
-    return (chunk.past + 1) // rate
-
-
-def _group_start(rate: int, chunk: Chunk) -> int:
-    return chunk.past - chunk.past % rate
+def _view(numbers: Tensor) -> memoryview:
+    return numbers.numpy().data
 
 
 class _Recorded:
@@ -89,7 +88,12 @@ class _Recorded:
         self._lengths = {rate: torch.zeros(count, dtype=torch.int32) for rate in cache.rates}
         self._firsts = {rate: torch.zeros(count, dtype=torch.int64) for rate in cache.rates if rate > 1}
         self._tables: list[tuple[int, ...]] = [()] * count
-        self._filled, self._pages = self._numbers(), self._table_BP.numpy()
+        self._pages = self._table_BP.numpy()
+        self._ids, self._positions, self._written = map(_view, (self._ids_T, self._positions_T, self._written_T))
+        self._told_pasts, self._told_states = _view(self._pasts.tensor), _view(self._states.tensor)
+        # Rows of so many tokens that there are once the step's token is read, and where its own begins.
+        self._told_lengths = [(rate, _view(lengths_B)) for rate, lengths_B in self._lengths.items()]
+        self._told_firsts = [(rate, _view(firsts_T)) for rate, firsts_T in self._firsts.items()]
         self._fill(chunks)
         batch = _MovingBatch(
             ids_T=self._ids_T,
@@ -110,40 +114,33 @@ class _Recorded:
         )
         self._program = ops.Program()
         with ops.trace(self._program, self._inputs()):
-            self.logits_BV: Tensor = model(batch, PagedView(cache=cache, places=places))
+            logits_BV = model(batch, PagedView(cache=cache, places=places))
+        self.logits = Logits(logits_BV)
 
-    def replay(self, chunks: Sequence[Chunk]) -> Tensor:
+    def replay(self, chunks: Sequence[Chunk]) -> Logits:
         self._fill(chunks)
         self._program.replay()
-        return self.logits_BV
+        return self.logits
 
     def _inputs(self) -> list[Tensor]:
         """What differs from step to step."""
         tokens = [self._ids_T, self._positions_T, self._written_T, *self._firsts.values()]
         return [*tokens, self._pasts.tensor, self._states.tensor, self._table_BP, *self._lengths.values()]
 
-    def _numbers(self) -> list[tuple[Array, Callable[[Chunk], int]]]:
-        """The inputs that hold one number for each sequence, as NumPy sees their memory, and what that number is: a
-        write through torch costs more than all the rest.
-        """
-        size = self._page_size
-        filled: list[tuple[Tensor, Callable[[Chunk], int]]] = [
-            (self._ids_T, lambda chunk: chunk.fed[0]),
-            (self._positions_T, lambda chunk: chunk.past),
-            (self._written_T, lambda chunk: chunk.table[chunk.past // size] * size + chunk.past % size),
-            (self._pasts.tensor, lambda chunk: chunk.past),
-            (self._states.tensor, lambda chunk: chunk.state),
-        ]
-        for rate, lengths_B in self._lengths.items():
-            filled.append((lengths_B, partial(_rows_of, rate)))
-        for rate, firsts_T in self._firsts.items():
-            filled.append((firsts_T, partial(_group_start, rate)))
-        return [(tensor.numpy(), number) for tensor, number in filled]
-
     def _fill(self, chunks: Sequence[Chunk]) -> None:
-        for array, number in self._filled:
-            array[:] = [number(chunk) for chunk in chunks]
+        """Through views of memory: a write through torch costs more than all the rest."""
+        size = self._page_size
         for row, chunk in enumerate(chunks):
-            if chunk.table != self._tables[row]:
-                self._tables[row] = chunk.table
-                self._pages[row, : len(chunk.table)] = chunk.table
+            past, table = chunk.past, chunk.table
+            self._ids[row] = chunk.fed[0]
+            self._positions[row] = self._told_pasts[row] = past
+            self._written[row] = table[past // size] * size + past % size
+            self._told_states[row] = chunk.state
+            for rate, lengths in self._told_lengths:
+                lengths[row] = (past + 1) // rate
+            for rate, firsts in self._told_firsts:
+                firsts[row] = past - past % rate
+            # The scheduler makes a new tuple when the pages change, and only then.
+            if table is not self._tables[row]:
+                self._tables[row] = table
+                self._pages[row, : len(table)] = table

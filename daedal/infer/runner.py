@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from daedal import ops
 from daedal.infer.cache import PagedCache
 from daedal.infer.draft_lookup import LookupDrafter
 from daedal.infer.draft_model import ModelDrafter
@@ -16,6 +17,7 @@ from daedal.infer.draft_mtp import MtpDrafter
 from daedal.infer.feeding import feed
 from daedal.infer.memory import Kept, PagePlan
 from daedal.infer.recorded import RecordedSteps
+from daedal.infer.sampling import Logits
 from daedal.infer.scheduler import Step
 from daedal.infer.speculative import Drafter, Speculation
 
@@ -33,10 +35,13 @@ def kept(model: "Transformer", speculate: Speculation | None) -> list[Kept]:
 
 
 class Runner:
-    """`model` and what drafts for it, each on a cache of the size planned."""
+    """`model` and what drafts for it, each on a cache of the size planned. exact: no row of a step's result depends on
+    the other rows.
+    """
 
-    def __init__(self, model: "Transformer", plan: PagePlan, speculate: Speculation | None):
+    def __init__(self, model: "Transformer", plan: PagePlan, speculate: Speculation | None, *, exact: bool = False):
         self._model = model
+        self._exact = exact
         self._caches = [
             PagedCache(
                 one.config,
@@ -46,6 +51,7 @@ class Runner:
                 device=model.device,
                 num_states=plan.num_states,
                 drafting=one.drafting,
+                kv_dtype=plan.kv_dtype,
             )
             for one in kept(model, speculate)
         ]
@@ -63,19 +69,27 @@ class Runner:
         """The same step with drafts, if anything drafts. Raises ValueError for drafts outside the vocabulary."""
         if self._drafter is None:
             return step
-        drafts = self._drafter.propose(step)
+        with torch.inference_mode():
+            drafts = self._drafter.propose(step)
         vocab_size = self._model.config.vocab_size
         for token in {token for tokens in drafts.values() for token in tokens}:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"the drafter proposed the id {token}: the vocabulary has {vocab_size}")
         return step.with_drafts(drafts)
 
-    def run(self, step: Step, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """logits_NV at some rows of the step's flat batch, and the states for `follow` if that wants them."""
-        if not isinstance(self._drafter, MtpDrafter) and list(rows) == list(range(len(step.chunks))):
-            logits_BV = self._recorded.run(step.chunks)
-            if logits_BV is not None:
-                return logits_BV, None
+    def run(self, step: Step, rows: Sequence[int]) -> tuple[Logits, Tensor | None]:
+        """Logits at some rows of the step's flat batch, and the states for `follow` if that wants them."""
+        records = not isinstance(self._drafter, MtpDrafter) and list(rows) == list(range(len(step.chunks)))
+        # Between two replayed steps nothing touches PyTorch, which is slow to call when the caches are cold.
+        if records and (logits := self._recorded.replay(step.chunks)) is not None:
+            return logits, None
+        with torch.inference_mode(), ops.exactly(self._exact):
+            if records and (logits := self._recorded.record(step.chunks)) is not None:
+                return logits, None
+            logits_NV, states = self._run(step, rows)
+            return Logits(logits_NV), states
+
+    def _run(self, step: Step, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         fed, pasts = [chunk.fed for chunk in step.chunks], [chunk.past for chunk in step.chunks]
         batch, view = feed(self._caches[0], step.chunks, fed, pasts, self._model.device)
         rows_N = torch.tensor(rows, dtype=torch.int64, device=self._model.device)
@@ -88,7 +102,8 @@ class Runner:
         """After a step and its `states`: what each request that goes on has chosen in it."""
         if isinstance(self._drafter, MtpDrafter):
             assert states is not None
-            self._drafter.follow(step, states, chosen)
+            with torch.inference_mode():
+                self._drafter.follow(step, states, chosen)
 
     def forget(self, request_id: str) -> None:
         """The request is over."""

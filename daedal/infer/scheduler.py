@@ -8,7 +8,7 @@ only: no torch, no model, no sampling, no text, and not who drafts.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from daedal.infer.pages import PageAllocator
 
@@ -55,6 +55,11 @@ class Step:
     def num_tokens(self) -> int:
         return sum(len(chunk.fed) for chunk in self.chunks)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those that are read beside single tokens of answers; the last one of a prompt passes for such."""
+        return sum(len(chunk.ids) for chunk in self.chunks if len(chunk.ids) > 1)
+
     def with_drafts(self, drafts: Mapping[str, Sequence[int]]) -> "Step":
         """The same step with tokens drafted for some requests, at most `max_drafts` each."""
         assert all(len(drafts.get(chunk.request_id, ())) <= chunk.max_drafts for chunk in self.chunks)
@@ -73,12 +78,17 @@ class _Sequence:
     generates: bool
     most: int
     num_cached: int = 0
-    table: list[int] = field(default_factory=list)
+    table: tuple[int, ...] = ()
     state: int | None = None
 
     @property
     def num_remaining(self) -> int:
         return len(self.tokens) - self.num_cached
+
+    @property
+    def answers(self) -> bool:
+        """Whether all but the newest of its tokens are read."""
+        return self.num_remaining == 1 and self.num_cached > 0
 
 
 class Scheduler:
@@ -142,19 +152,29 @@ class Scheduler:
             self._running.remove(sequence)
             self._release(sequence)
 
-    def schedule(self) -> Step:
+    def schedule(self, most_prompt_tokens: int | None = None) -> Step:
         """The next step; without chunks only when there are no requests, or none but finished ones.
+
+        most_prompt_tokens: how many may be read beside answers that go on, at least 1; nothing else bounds prompts that
+        nobody waits for. Where prompts are fed in chunks of a size, that size it is.
 
         Drafts take what is left of the budget and of the pages; of the budget that answers under way leave, half is
         theirs before prompts, so that a long prompt does not silence them, nor they it.
         """
         preempted: list[str] = []
-        shares = self._shares(self._max_step_tokens - self._kept_for_drafts(), preempted)
+        prompts = self._max_step_tokens
+        if most_prompt_tokens is not None and self._chunk_size is None:
+            assert most_prompt_tokens > 0
+            if any(sequence.answers for sequence in self._running):
+                prompts = most_prompt_tokens
+        shares = self._shares(self._max_step_tokens - self._kept_for_drafts(), prompts, preempted)
         budget = self._max_step_tokens - sum(count for _, count in shares)
         chunks: list[Chunk] = []
         for sequence, count in shares:
-            num_drafts = self._place_drafts(sequence, min(self._useful_drafts(sequence), budget))
-            budget -= num_drafts
+            num_drafts = 0
+            if self._max_drafts:
+                num_drafts = self._place_drafts(sequence, min(self._useful_drafts(sequence), budget))
+                budget -= num_drafts
             chunks.append(self._chunk(sequence, count, num_drafts))
         return Step(chunks=tuple(chunks), preempted=tuple(preempted))
 
@@ -175,8 +195,9 @@ class Scheduler:
                 sequence.num_cached += len(chosen) - 1
                 sequence.tokens.extend(chosen)
 
-    def _shares(self, budget: int, preempted: list[str]) -> list[tuple[_Sequence, int]]:
-        """How many of its tokens each request feeds; pages for them are allocated.
+    def _shares(self, budget: int, prompts: int, preempted: list[str]) -> list[tuple[_Sequence, int]]:
+        """How many of its tokens each request feeds, `budget` in all and `prompts` of those that are not answering;
+        pages for them are allocated.
 
         A prompt takes all the budget that is left, so whoever started before it is past its own prompt: one pass in
         order of arrival lets every answer under way go on and gives the rest to prompts.
@@ -185,17 +206,20 @@ class Scheduler:
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
-            count = self._share(sequence, budget)
+            answers = sequence.answers
+            count = self._share(sequence, budget if answers else min(budget, prompts))
             if count > 0 and self._grow(sequence, count, preempted):
                 shares.append((sequence, count))
                 budget -= count
+                prompts -= 0 if answers else count
             index += 1
-        while budget > 0 and self._admit():
+        while min(budget, prompts) > 0 and self._admit():
             sequence = self._running[-1]
-            count = self._share(sequence, budget)
+            count = self._share(sequence, min(budget, prompts))
             if count > 0:
                 shares.append((sequence, count))
             budget -= count
+            prompts -= count
         return shares
 
     def _share(self, sequence: _Sequence, budget: int) -> int:
@@ -207,6 +231,8 @@ class Scheduler:
 
     def _kept_for_drafts(self) -> int:
         """Tokens of the budget that prompts leave alone."""
+        if not self._max_drafts:
+            return 0
         wanted = sum(self._useful_drafts(sequence) for sequence in self._running)
         answering = sum(sequence.num_remaining == 1 for sequence in self._running)
         return min(wanted, max(self._max_step_tokens - answering, 0) // 2)
@@ -250,7 +276,7 @@ class Scheduler:
         assert sequence.state is not None
         self._pages.free(sequence.table)
         self._free_states.append(sequence.state)
-        sequence.table, sequence.state, sequence.num_cached = [], None, 0
+        sequence.table, sequence.state, sequence.num_cached = (), None, 0
 
     def _admit(self) -> bool:
         """Starts the oldest waiting request, if pages for all its tokens are free.
@@ -275,7 +301,7 @@ class Scheduler:
         pages = self._pages.allocate(count, after=sequence.table[-1] if sequence.table else None)
         if pages is None:
             return False
-        sequence.table.extend(pages)
+        sequence.table += tuple(pages)
         return True
 
     def _chunk(self, sequence: _Sequence, count: int, max_drafts: int) -> Chunk:
@@ -285,7 +311,7 @@ class Scheduler:
             request_id=sequence.id,
             ids=tuple(sequence.tokens[past:end]),
             past=past,
-            table=tuple(sequence.table),
+            table=sequence.table,
             state=sequence.state,
             samples=sequence.generates and count == sequence.num_remaining,
             following=sequence.tokens[end] if end < len(sequence.tokens) else None,

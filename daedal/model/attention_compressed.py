@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
-from daedal.model.forward_pass import ForwardPass, Turn
+from daedal.model.forward_pass import Attended, ForwardPass, Indexed, Observer, Turn
 from daedal.model.linear import GroupedLinear, Linear, WideLinear
 from daedal.model.norm import RMSNorm
+from daedal.ops.rings import RingRows
 from daedal.ops.rows import FlatRows, Rows
 
 
@@ -110,25 +111,27 @@ class EntryIndexer(Pooling):
         self.q_b_proj = Linear(config.q_lora_rank, self.heads * self.dim, bias=False)
         self.scorer = Scorer(config)
 
-    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor:
-        """chosen_TA. A query with no more than `count` entries chooses them all."""
+    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Tensor | None, Indexed]:
+        """chosen_TA, None where all is to be read. A query with no more than `count` entries chooses them all."""
         keys = self.pool(x_TD, step)
         q_TIK = rotate_tail(self.q_b_proj(query_TL).unflatten(-1, (self.heads, self.dim)), *step.turn(compressed=True))
         weights_TI = self.scorer(x_TD) * (self.heads * self.dim) ** -0.5
-        batch = step.batch
-        return ops.choose_entries(q_TIK, weights_TI, batch.starts, batch.pasts, keys, count=self.count, rate=self.rate)
+        indexed = Indexed(layer=self.layer, q_TIK=q_TIK, weights_TI=weights_TI, keys=keys, rate=self.rate)
+        return (None if step.reads_all else indexed.choose(step.batch, self.count)), indexed
 
 
 class Compressor(Pooling):
-    """The entries of a layer, and which of them each query reads; None for all."""
+    """The entries of a layer, which of them each query reads, None for all, and how they were scored."""
 
     def __init__(self, config: ModelConfig, layer: int, *, overlaps: bool):
         super().__init__(config, config.head_dim, layer, overlaps=overlaps, ring="compressor", entries="entry")
         self.indexer = EntryIndexer(config, layer) if overlaps else None
 
-    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Rows, Tensor | None]:
+    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Rows, Tensor | None, Indexed | None]:
         entries = self.pool(x_TD, step)
-        return entries, None if self.indexer is None else self.indexer(x_TD.detach(), query_TL.detach(), step)
+        if self.indexer is None:
+            return entries, None, None
+        return entries, *self.indexer(x_TD.detach(), query_TL.detach(), step)
 
 
 class CompressedAttention(nn.Module):
@@ -167,7 +170,11 @@ class CompressedAttention(nn.Module):
         q_THK = self._queries(query_TL, turn)
         row_T1K = self.kv_norm(self.kv_proj(x_TD)).unsqueeze(1)
         window = step.cache.recent(self.layer, "window", rotate_tail(row_T1K, *turn).squeeze(1))
-        entries, chosen_TA = (None, None) if self.compressor is None else self.compressor(x_TD, query_TL, step)
+        entries, chosen_TA, indexed = (None, None, None)
+        if self.compressor is not None:
+            entries, chosen_TA, indexed = self.compressor(x_TD, query_TL, step)
+        if step.observer is not None and indexed is not None and entries is not None:
+            self._show(q_THK, entries, chosen_TA, window, indexed, step, step.observer)
         o_THK = ops.sparse_attention(
             q_THK,
             step.batch.starts,
@@ -181,9 +188,36 @@ class CompressedAttention(nn.Module):
             rate=self.rate,
             span=self.span,
         )
+        if isinstance(entries, FlatRows):
+            # Where no group is complete, nothing reads the compressor: its gradient is then zero, and not absent.
+            o_THK = o_THK + entries.rows[:0].sum()
         o_TGC = rotate_tail(o_THK, cos, -sin).unflatten(1, (self.o_a_proj.groups, -1)).flatten(2)
         y_TD: Tensor = self.o_b_proj(self.o_a_proj(o_TGC))
         return y_TD
+
+    def _show(
+        self,
+        q_THK: Tensor,
+        entries: Rows,
+        chosen_TA: Tensor | None,
+        window: Rows | RingRows,
+        indexed: Indexed,
+        step: ForwardPass,
+        observer: Observer,
+    ) -> None:
+        attended = Attended(
+            layer=self.layer,
+            batch=step.batch,
+            q_THK=q_THK,
+            entries=entries,
+            chosen_TA=chosen_TA,
+            window=window,
+            sinks_H=self.sinks,
+            scale=self.dim**-0.5,
+            rate=self.rate,
+            span=self.span,
+        )
+        observer.indexed(indexed, attended, again=step.again)
 
     def _queries(self, query_TL: Tensor, turn: Turn) -> Tensor:
         q_THK = self.q_b_proj(query_TL).unflatten(-1, (self.heads, self.dim))

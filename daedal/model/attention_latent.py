@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
-from daedal.model.forward_pass import ForwardPass
-from daedal.model.linear import Linear
+from daedal.model.forward_pass import ForwardPass, Indexed
+from daedal.model.linear import Linear, like
 from daedal.model.norm import RMSNorm
 from daedal.ops.packed import PANEL, Packed
 from daedal.ops.rows import FlatRows, Rows
@@ -50,15 +50,15 @@ class Expansion(Linear):
 
     def fold(self, q_THN: Tensor) -> Tensor:
         """q_THL: the key expansion taken into the query."""
-        return ops.grouped_linear(q_THN, self.folded or self._parts()[0].transpose(1, 2))
+        return ops.grouped_linear(q_THN, self.folded or self._parts(q_THN)[0].transpose(1, 2))
 
     def unfold(self, o_THL: Tensor) -> Tensor:
         """o_THV: values from attended latents."""
-        return ops.grouped_linear(o_THL, self.values or self._parts()[1])
+        return ops.grouped_linear(o_THL, self.values or self._parts(o_THL)[1])
 
-    def _parts(self) -> tuple[Tensor, Tensor]:
-        """Per head, from the latent to its keys and to its values: [H, N, L] and [H, V, L]."""
-        keys_HNL, values_HVL = self.weight.unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Per head, from the latent to its keys and to its values: [H, N, L] and [H, V, L], in x's dtype."""
+        keys_HNL, values_HVL = like(self.weight, x).unflatten(0, (self.heads, -1)).split((self.nope, self.value), 1)
         return keys_HNL, values_HVL
 
 
@@ -107,14 +107,18 @@ class LatentAttention(nn.Module):
         q_THR, k_TR = rotated[:, : self.num_heads], rotated[:, self.num_heads]
         row_TC = torch.cat((self.kv_a_layernorm(latent_TL), k_TR), -1)
         rows = step.cache.extend(self.layer, latent=row_TC)["latent"]
-        chosen_TA = self.choose(x_TD, query_TL, step)
+        chosen_TA, indexed = self.choose(x_TD, query_TL, step)
         part = Part(q_THN, q_THR, step.batch.starts, step.batch.pasts, rows, chosen_TA)
+        self.show(part, indexed, step)
         y_TD: Tensor = self.o_proj(self._attend(part).flatten(1))
         return y_TD
 
-    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor | None:
-        """Which rows each query reads, as `ops.choose_entries` says; None for all."""
-        return None
+    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Tensor | None, Indexed | None]:
+        """Which rows each query reads, as `ops.choose_entries` says; None for all. And how they were scored."""
+        return None, None
+
+    def show(self, part: "Part", indexed: Indexed | None, step: ForwardPass) -> None:
+        """To an observer, what an indexer is to learn from."""
 
     def reads_chosen(self, num_new: int, num_keys: int) -> bool:
         """Whether `num_new` queries on `num_keys` keys read only those that `choose` names."""
@@ -129,9 +133,8 @@ class LatentAttention(nn.Module):
 
     def _attend(self, part: "Part") -> Tensor:
         """[T, H, V]: each sequence in its own form; sequences of one form go together."""
-        forms = [
-            self._form(past, end - start) for past, (start, end) in zip(part.pasts, pairwise(part.starts), strict=True)
-        ]
+        spans = zip(part.pasts, pairwise(part.starts), strict=True)
+        forms = [self._form(past, end - start, part.chosen_TA is not None) for past, (start, end) in spans]
         kinds = dict.fromkeys(forms)
         if len(kinds) == 1:
             return forms[0](part)
@@ -141,8 +144,8 @@ class LatentAttention(nn.Module):
             o_THV = o_THV.index_copy(0, tokens_t, form(some))
         return o_THV
 
-    def _form(self, past: int, num_new: int) -> Callable[["Part"], Tensor]:
-        if self.reads_chosen(num_new, past + num_new):
+    def _form(self, past: int, num_new: int, chosen: bool) -> Callable[["Part"], Tensor]:
+        if chosen and self.reads_chosen(num_new, past + num_new):
             return self.sparse
         return self.absorbed if self.absorbs(num_new, past + num_new) else self.naive
 
@@ -158,14 +161,14 @@ class LatentAttention(nn.Module):
 
     def absorbed(self, part: "Part") -> Tensor:
         """Attends on the latent rows as one key head that is its own value (V2, section 2.1.2, last paragraph)."""
-        q_THC = self._fold_query(part)
+        q_THC = self.fold_query(part)
         o_THL = ops.attention(q_THC, part.starts, part.rows, self.latent, scale=self.scale)
         return self.kv_b_proj.unfold(o_THL)
 
     def sparse(self, part: "Part") -> Tensor:
         """As `absorbed`, on the chosen rows alone (V3.2, section 2)."""
         o_THL = ops.sparse_attention(
-            self._fold_query(part),
+            self.fold_query(part),
             part.starts,
             part.pasts,
             part.rows,
@@ -179,7 +182,8 @@ class LatentAttention(nn.Module):
         )
         return self.kv_b_proj.unfold(o_THL)
 
-    def _fold_query(self, part: "Part") -> Tensor:
+    def fold_query(self, part: "Part") -> Tensor:
+        """q_THC: queries on the latent rows themselves."""
         return torch.cat((self.kv_b_proj.fold(part.q_THN), part.q_THR), -1)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
-from daedal.model.attention_latent import LatentAttention
-from daedal.model.forward_pass import ForwardPass
+from daedal.model.attention_latent import LatentAttention, Part
+from daedal.model.forward_pass import Attended, ForwardPass, Indexed
 from daedal.model.linear import Linear, WideLinear
 
 KEY_NORM_EPS = 1e-6
@@ -53,14 +53,14 @@ class TokenIndexer(nn.Module):
         self.k_norm = KeyNorm(self.dim)
         self.weights_proj = WideLinear(config.hidden_size, self.heads)
 
-    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor:
-        """chosen_TA. A query that sees no more than `count` tokens chooses them all."""
+    def forward(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Tensor | None, Indexed]:
+        """chosen_TA, None where all is to be read. A query that sees no more than `count` tokens chooses them all."""
         k_T1K = self._rotate(self.k_norm(self.wk(x_TD)).unsqueeze(1), step)
         keys = step.cache.extend(self.layer, index_key=k_T1K.squeeze(1))["index_key"]
         q_TIK = self._rotate(self.wq_b(query_TL).unflatten(-1, (self.heads, self.dim)), step)
         weights_TI = self.weights_proj(x_TD) * (self.heads * self.dim) ** -0.5
-        batch = step.batch
-        return ops.choose_entries(q_TIK, weights_TI, batch.starts, batch.pasts, keys, count=self.count, rate=1)
+        indexed = Indexed(layer=self.layer, q_TIK=q_TIK, weights_TI=weights_TI, keys=keys, rate=1)
+        return (None if step.reads_all else indexed.choose(step.batch, self.count)), indexed
 
     def _rotate(self, x_THK: Tensor, step: ForwardPass) -> Tensor:
         rotated, plain = x_THK.split((self.rope, self.dim - self.rope), -1)
@@ -74,9 +74,28 @@ class IndexedAttention(LatentAttention):
         super().__init__(config, layer)
         self.indexer = TokenIndexer(config, layer)
 
-    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> Tensor:
-        chosen_TA: Tensor = self.indexer(x_TD.detach(), query_TL.detach(), step)
-        return chosen_TA
+    def choose(self, x_TD: Tensor, query_TL: Tensor, step: ForwardPass) -> tuple[Tensor | None, Indexed]:
+        chosen: tuple[Tensor | None, Indexed] = self.indexer(x_TD.detach(), query_TL.detach(), step)
+        return chosen
+
+    def show(self, part: Part, indexed: Indexed | None, step: ForwardPass) -> None:
+        if step.observer is None or indexed is None:
+            return
+        with torch.no_grad():
+            q_THC = self.fold_query(part)
+        attended = Attended(
+            layer=self.layer,
+            batch=step.batch,
+            q_THK=q_THC,
+            entries=part.rows,
+            chosen_TA=part.chosen_TA,
+            window=None,
+            sinks_H=None,
+            scale=self.scale,
+            rate=1,
+            span=0,
+        )
+        step.observer.indexed(indexed, attended, again=step.again)
 
     def reads_chosen(self, num_new: int, num_keys: int) -> bool:
         return num_new == 1 or num_keys > self.indexer.count

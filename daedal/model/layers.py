@@ -27,7 +27,7 @@ class Layer(nn.Module):
     def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), step)
         normed_TD = self.post_attention_layernorm(x_TD)
-        y_TD: Tensor = self.mlp(normed_TD, step.batch.ids_T) if isinstance(self.mlp, MoE) else self.mlp(normed_TD)
+        y_TD: Tensor = self.mlp(normed_TD, step) if isinstance(self.mlp, MoE) else self.mlp(normed_TD)
         return x_TD + y_TD
 
 
@@ -41,14 +41,14 @@ class HyperLayer(nn.Module):
         self.self_attn = attention(config, layer)
         self.ffn_hc = HyperConnection(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config, hashed=config.mlp_kind(layer) == "hash")
+        self.mlp = MoE(config, layer, hashed=config.mlp_kind(layer) == "hash")
 
     def forward(self, streams_TMD: Tensor, step: ForwardPass) -> Tensor:
         x_TD, post_TM, comb_TMM = self.attn_hc(streams_TMD)
         y_TD = self.self_attn(self.input_layernorm(x_TD), step)
         streams_TMD = ops.hyper_expand(y_TD, streams_TMD, post_TM, comb_TMM)
         x_TD, post_TM, comb_TMM = self.ffn_hc(streams_TMD)
-        y_TD = self.mlp(self.post_attention_layernorm(x_TD), step.batch.ids_T)
+        y_TD = self.mlp(self.post_attention_layernorm(x_TD), step)
         return ops.hyper_expand(y_TD, streams_TMD, post_TM, comb_TMM)
 
 
@@ -66,4 +66,4 @@ def feed_forward(config: ModelConfig, layer: int) -> GatedMLP | MoE:
     """The feed-forward part that the configuration names for this layer."""
     if config.mlp_kind(layer) == "dense":
         return GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-    return MoE(config)
+    return MoE(config, layer)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from daedal import ops
 from daedal.config import ModelConfig
-from daedal.model.linear import Linear
+from daedal.model.forward_pass import ForwardPass, Routed
+from daedal.model.linear import Linear, like
+from daedal.ops.arithmetic import Arithmetic
 
 
 class GatedMLP(nn.Module):
@@ -30,11 +32,14 @@ class GatedMLP(nn.Module):
 
 
 class Router(nn.Module):
-    """x_TD to (ids_TA, weights_TA float32). hashed: experts by the table `tid2eid` [V, A] instead of by choice."""
+    """x_TD to (ids_TA, weights_TA float32). hashed: experts by the table `tid2eid` [V, A] instead of by choice.
 
-    def __init__(self, config: ModelConfig, *, hashed: bool):
+    layer: the layer's index, by which it names itself to observers.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, hashed: bool):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         biased = config.topk_method == "noaux_tc" and not hashed
         self.e_score_correction_bias: Tensor | None
@@ -43,11 +48,11 @@ class Router(nn.Module):
         self.tid2eid: Tensor | None
         self.register_buffer("tid2eid", table)
 
-    def forward(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, step: ForwardPass) -> tuple[Tensor, Tensor]:
         config = self.config
         wide = x_TD.float()
         logits_TE = ops.linear(wide, self.weight.to(wide.dtype))
-        return ops.route(
+        ids_TA, weights_TA = ops.route(
             logits_TE,
             self.e_score_correction_bias,
             scoring=config.scoring_func,
@@ -57,12 +62,28 @@ class Router(nn.Module):
             topk_group=config.topk_group,
             normalise=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
-            given_TA=None if self.tid2eid is None else self.tid2eid[ids_T],
+            given_TA=None if self.tid2eid is None else self.tid2eid[step.batch.ids_T],
         )
+        if step.observer is not None:
+            seen = Routed(
+                layer=self.layer,
+                batch=step.batch,
+                logits_TE=logits_TE,
+                ids_TA=ids_TA,
+                scoring=config.scoring_func,
+                hashed=self.tid2eid is not None,
+            )
+            step.observer.routed(seen, again=step.again)
+        return ids_TA, weights_TA
 
 
 class Experts(nn.Module):
-    """The routed experts of one layer, stacked: gate_up_proj [E, 2F, D] with gate rows first, down_proj [E, D, F]."""
+    """The routed experts of one layer, stacked: gate_up_proj [E, 2F, D] with gate rows first, down_proj [E, D, F].
+
+    arithmetic: as of `Linear`.
+    """
+
+    arithmetic: Arithmetic | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,21 +94,25 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        return ops.experts(x_TD, ids_TA, weights_TA, self.gate_up_proj, self.down_proj, limit=self.limit)
+        weights = self.gate_up_proj, self.down_proj
+        if self.arithmetic is None:
+            cast = (like(weight, x_TD) for weight in weights)
+            return ops.experts(x_TD, ids_TA, weights_TA, *cast, limit=self.limit)
+        return ops.scaled_experts(x_TD, ids_TA, weights_TA, *weights, self.arithmetic, limit=self.limit)
 
 
 class MoE(nn.Module):
-    """x_TD to the sum of its chosen experts and the shared ones. ids_T: the tokens' ids, which hash layers need."""
+    """x_TD to the sum of its chosen experts and the shared ones."""
 
-    def __init__(self, config: ModelConfig, *, hashed: bool = False):
+    def __init__(self, config: ModelConfig, layer: int, *, hashed: bool = False):
         super().__init__()
         assert config.moe_intermediate_size is not None
-        self.gate = Router(config, hashed=hashed)
+        self.gate = Router(config, layer, hashed=hashed)
         self.experts = Experts(config)
         width = config.n_shared_experts * config.moe_intermediate_size
         shared = GatedMLP(config.hidden_size, width, bias=False, limit=config.swiglu_limit) if width else None
         self.shared_experts = shared
 
-    def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
-        y_TD: Tensor = self.experts(x_TD, *self.gate(x_TD, ids_T))
+    def forward(self, x_TD: Tensor, step: ForwardPass) -> Tensor:
+        y_TD: Tensor = self.experts(x_TD, *self.gate(x_TD, step))
         return y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)

@@ -4,14 +4,17 @@ Module names are the published ones without their `model.` prefix, so that a che
 translation; routed experts are stacked. The list of parameters is `shapes.parameters`, held equal by a test.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from daedal import ops, shapes
 from daedal.config import ModelConfig
 from daedal.errors import RequestError
 from daedal.model.batch import CacheView, RaggedBatch
-from daedal.model.forward_pass import ForwardPass
+from daedal.model.forward_pass import ForwardPass, Observer
 from daedal.model.hyper_connections import HyperHead
 from daedal.model.layers import HyperLayer, Layer
 from daedal.model.mtp import Draft, HyperDraft
@@ -24,7 +27,13 @@ class Transformer(nn.Module):
 
     Parameters are allocated on torch's default device and dtype and not initialised: `checkpoint.load` fills them from
     files, `initialise` with random numbers. drafting: with the model's own drafting modules, `mtp`.
+
+    recompute: with gradients, layers keep only their inputs and compute the rest again in the backward pass.
+    compute_dtype: of activations, to which weights are cast where they are used; None for the weights' own.
     """
+
+    recompute = False
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig, *, drafting: bool = False):
         super().__init__()
@@ -63,23 +72,30 @@ class Transformer(nn.Module):
         hidden_TD = self._normed(carried)
         return hidden_TD if hidden else self.head(hidden_TD)
 
-    def states(self, batch: RaggedBatch, cache: CacheView | None = None) -> Tensor:
+    def states(self, batch: RaggedBatch, cache: CacheView | None = None, observer: Observer | None = None) -> Tensor:
         """What `finish` and the drafting modules start from: hidden_TD, normed; in V4 the residual streams_TMD."""
-        carried = self._carry(batch, cache)
+        carried = self._carry(batch, cache, observer)
         return carried if self.config.is_compressed else self._normed(carried)
 
     def finish(self, states: Tensor) -> Tensor:
         """States of any positions to hidden_TD, normed, which `head` reads."""
         return self._normed(states) if self.config.is_compressed else states
 
-    def draft(self, module: int, batch: RaggedBatch, states: Tensor, cache: CacheView | None = None) -> Tensor:
+    def draft(
+        self,
+        module: int,
+        batch: RaggedBatch,
+        states: Tensor,
+        cache: CacheView | None = None,
+        observer: Observer | None = None,
+    ) -> Tensor:
         """States of drafting module `module`, for the token after the next.
 
         batch: the tokens that follow each state, at the positions of the states. states: the backbone's, or the
         module's own to draft further. cache: one with slots for drafting.
         """
-        step = ForwardPass(self.config, batch, cache)
-        return self._drafter(module).propose(states, self.embed_tokens(batch.ids_T), step)
+        step = ForwardPass(self.config, batch, cache, observer)
+        return self._drafter(module).propose(states, self._embed(batch), step)
 
     def finish_draft(self, module: int, states: Tensor) -> Tensor:
         """A drafting module's states of any positions to hidden_TD, which `head` reads."""
@@ -90,15 +106,28 @@ class Transformer(nn.Module):
         assert isinstance(drafter, Draft | HyperDraft)
         return drafter
 
-    def _carry(self, batch: RaggedBatch, cache: CacheView | None) -> Tensor:
+    def _carry(self, batch: RaggedBatch, cache: CacheView | None, observer: Observer | None = None) -> Tensor:
         """Through all layers: x_TD, or V4's streams_TMD."""
-        carried: Tensor = self.embed_tokens(batch.ids_T)
+        carried = self._embed(batch)
         if self.config.hc_mult is not None:
             carried = carried.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
-        step = ForwardPass(self.config, batch, cache)
+        step = ForwardPass(self.config, batch, cache, observer)
         for layer in self.layers:
-            carried = layer(carried, step)
+            carried = self._through(layer, carried, step)
         return carried
+
+    def _embed(self, batch: RaggedBatch) -> Tensor:
+        x_TD: Tensor = self.embed_tokens(batch.ids_T)
+        return x_TD if self.compute_dtype is None else x_TD.to(self.compute_dtype)
+
+    def _through(self, layer: nn.Module, carried: Tensor, step: ForwardPass) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            result: Tensor = layer(carried, step)
+            return result
+        result = checkpoint(
+            layer, carried, step, use_reentrant=False, context_fn=lambda: (nullcontext(), step.repeated())
+        )
+        return result
 
     def _normed(self, carried: Tensor) -> Tensor:
         hidden_TD: Tensor = self.norm(carried if self.hc_head is None else self.hc_head(carried))

@@ -9,10 +9,12 @@ does not round. Knows nothing of models or layers.
 
 from torch import Tensor
 
+from daedal.ops.arithmetic import Arithmetic
 from daedal.ops.backends.cpu.program import Program, missing
 from daedal.ops.backends.cpu.tracing import trace
 from daedal.ops.exactness import exactly
 from daedal.ops.packed import Packed
+from daedal.ops.packed_rows import PackedRows
 from daedal.ops.registry import REGISTRY, Choice
 from daedal.ops.rings import Lasting, RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
@@ -141,6 +143,15 @@ def sparse_attention(
         span=span,
     )
     return result
+
+
+def keep_on_pages(rows: Tensor, places_T: Tensor, kept: PagedRows) -> None:
+    """Stores a row for each token on the pages of a cache: in the pool's own dtype, or packed where its rows are.
+
+    rows: [T, ...]. places_T: int64, where each goes among the rows of the pool, flattened; none twice. kept's pages do
+    not matter. Has no gradients.
+    """
+    REGISTRY.call("keep_on_pages", rows, places_T, kept)
 
 
 def keep_in_ring(
@@ -291,28 +302,62 @@ def experts(
     return result
 
 
+def scaled_linear(x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """x weight^T over the last axis, its factors and those of its gradients rounded as `arithmetic` says (V3, 3.3).
+
+    y = Q(x) Q(w)^T; gradients: of x, Q(g) Q(w), and of the weight, Q(g)^T Q(x), groups along the tokens. They pass
+    straight through the roundings. Products and sums in float32 at least; y and the gradient of x have x's dtype, that
+    of the weight has the weight's own. Any leading axes; T may be 0.
+    """
+    result: Tensor = REGISTRY.call("scaled_linear", x_TD, weight_FD, arithmetic)
+    return result
+
+
+def scaled_experts(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    arithmetic: Arithmetic,
+    *,
+    limit: float | None = None,
+) -> Tensor:
+    """`experts` with both projections of each expert as `scaled_linear`; groups along tokens are of one expert's."""
+    result: Tensor = REGISTRY.call(
+        "scaled_experts", x_TD, ids_TA, weights_TA, gate_up_EFD, down_EDF, arithmetic, limit=limit
+    )
+    return result
+
+
 # The backends register themselves once the ops are declared.
 from daedal.ops import reference  # noqa: E402, F401  isort: skip
 from daedal.ops import reference_sparse  # noqa: E402, F401  isort: skip
 from daedal.ops import reference_compress  # noqa: E402, F401  isort: skip
+from daedal.ops import reference_scaled  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_sparse  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_compress  # noqa: E402, F401  isort: skip
+from daedal.ops.backends import aten_scaled  # noqa: E402, F401  isort: skip
+from daedal.ops.backends import cublas  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import attention as _attention  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import compress as _compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import experts as _experts  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import hyper as _hyper  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import linear as _linear  # noqa: E402, F401  isort: skip
+from daedal.ops.backends.cpu import packed_rows as _packed_rows  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import rows as _rows  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import sparse as _sparse  # noqa: E402, F401  isort: skip
 
 REGISTRY.check_environment()
 
 __all__ = [
+    "Arithmetic",
     "Choice",
     "FlatRows",
     "Lasting",
     "Packed",
+    "PackedRows",
     "PagedRows",
     "Pages",
     "Program",
@@ -329,11 +374,14 @@ __all__ = [
     "hyper_expand",
     "hyper_head",
     "keep_in_ring",
+    "keep_on_pages",
     "linear",
     "pool_groups",
     "rms_norm",
     "rotary",
     "route",
+    "scaled_experts",
+    "scaled_linear",
     "sparse_attention",
     "swiglu",
     "trace",

@@ -162,5 +162,4 @@ def _best(values: Tensor, count: int) -> Tensor:
 def _value_dim(keys: Rows, values: Rows | int) -> int:
     if isinstance(values, int):
         return values
-    tensor = values.rows if isinstance(values, FlatRows) else values.pool
-    return int(tensor.shape[-1])
+    return values.rows.shape[-1] if isinstance(values, FlatRows) else values.row_shape[-1]

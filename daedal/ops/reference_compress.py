@@ -1,6 +1,6 @@
-"""The reference of what V4's compressors do behind their projections, and of rows kept in rings.
+"""The reference of what V4's compressors do behind their projections, and of rows kept on pages and in rings.
 
-Both write into a cache's memory and give nothing back, so they have no gradients: training pools whole sequences
+All write into a cache's memory and give nothing back, so they have no gradients: training pools whole sequences
 through the model's own modules.
 """
 
@@ -12,6 +12,11 @@ from torch import Tensor
 from daedal.ops.reference import rms_norm, rotary
 from daedal.ops.registry import REFERENCE, REGISTRY
 from daedal.ops.rows import PagedRows
+
+
+@REGISTRY.register("keep_on_pages", REFERENCE)
+def keep_on_pages(rows: Tensor, places_T: Tensor, kept: PagedRows) -> None:
+    kept.pool.flatten(0, 1).index_copy_(0, places_T, kept.held(rows))
 
 
 @REGISTRY.register("keep_in_ring", REFERENCE)
@@ -65,7 +70,7 @@ def pool_groups(
             tail = rotary(pooled_1K[:, None, plain:], cos_1C, sin_1C, interleaved=True)
             page, row = divmod(position // rate, entries.pages.page_size)
             entry_K = torch.cat((pooled_1K[0, :plain], tail[0, 0]))
-            entries.pool[entries.pages.tables[index][page], row] = entry_K.to(entries.pool.dtype)
+            entries.pool[entries.pages.tables[index][page], row] = entries.held(entry_K)
     keep_in_ring(row_T2W, starts, pasts, ring, states)
 
 

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from daedal.ops.packed_rows import PackedRows
+
 
 @dataclass(frozen=True, eq=False)
 class FlatRows:
@@ -138,10 +140,14 @@ class MovingPages(Pages):
 
 @dataclass(frozen=True, eq=False)
 class PagedRows:
-    """`pool`: [P, N, ...], P pages of N tokens, and where its sequences lie."""
+    """`pool`: [P, N, ...], P pages of N tokens, and where its sequences lie.
+
+    packing: the pool holds bytes, [P, N, packing.nbytes]; all that is read here comes back as numbers.
+    """
 
     pool: Tensor
     pages: Pages
+    packing: PackedRows | None = None
 
     def __len__(self) -> int:
         return self.pages.lengths_B.shape[0]
@@ -150,6 +156,16 @@ class PagedRows:
     def lengths(self) -> tuple[int, ...]:
         return self.pages.lengths
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.pool.dtype if self.packing is None else self.packing.dtype
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one row's numbers."""
+        return tuple(self.pool.shape[2:]) if self.packing is None else (self.packing.dim,)
+
     def sequence(self, index: int) -> Tensor:
         """[S_i, ...]: a view where the pages follow one another in the pool, else a gathered copy."""
         used, first = self.pages.used(index), self.pages.first_pages[index]
@@ -157,18 +173,19 @@ class PagedRows:
             held = self.pool.index_select(0, torch.tensor(used, device=self.pool.device))
         else:
             held = self.pool[first : first + len(used)]
-        return held.flatten(0, 1)[: self.lengths[index]]
+        return self._numbers(held.flatten(0, 1)[: self.lengths[index]])
 
     def take(self, index: int, chosen: Tensor) -> Tensor:
         """[*chosen, ...]: a copy of some rows of a sequence, by their place in it; no other row is read."""
-        if self.pages.first_pages[index] is not None:
-            return self.sequence(index)[chosen]
+        first = self.pages.first_pages[index]
+        if first is not None:
+            return self._numbers(self.pool.flatten(0, 1)[first * self.pages.page_size + chosen])
         rows_S = self.pages.positions[index].to(self.pool.device)
-        return self.pool.flatten(0, 1)[rows_S[chosen]]
+        return self._numbers(self.pool.flatten(0, 1)[rows_S[chosen]])
 
     def select(self, indices: Sequence[int]) -> "PagedRows":
         """Some sequences of the same pool."""
-        return PagedRows(self.pool, self.pages.select(indices))
+        return PagedRows(self.pool, self.pages.select(indices), self.packing)
 
     def flatten(self) -> FlatRows:
         """The rows of all sequences side by side; a copy unless there is one sequence and it lies contiguous."""
@@ -177,7 +194,14 @@ class PagedRows:
     def padded(self) -> tuple[Tensor, Tensor]:
         """(rows [B, S, ...], hidden_BS): a copy of all rows, short sequences padded to the longest."""
         index_BS, hidden_BS = (tensor.to(self.pool.device) for tensor in self.pages.rectangle)
-        return self.pool.flatten(0, 1)[index_BS], hidden_BS
+        return self._numbers(self.pool.flatten(0, 1)[index_BS]), hidden_BS
+
+    def held(self, rows: Tensor) -> Tensor:
+        """Rows [N, ...] as the pool holds them."""
+        return rows.to(self.pool.dtype) if self.packing is None else self.packing.pack(rows)
+
+    def _numbers(self, held: Tensor) -> Tensor:
+        return held if self.packing is None else self.packing.unpack(held)
 
 
 Rows = FlatRows | PagedRows

@@ -16,6 +16,8 @@ def rows(config: ModelConfig, layer: int) -> Iterator[Slot]:
     Latent attention stores one row per token: the normalised latent, then the rotated key part that all heads share
     (V2, section 2.1.2); V3.2 adds the indexer's key. Grouped-query attention stores keys and values of its own heads.
     V4 stores a window of rows, entries, and what the next entry is made of.
+    Of these the latents and the entries may be kept in eight bits, but for their rotated part: they are what grows.
+    Windows and open groups are small, and the indexer's keys decide what is read.
     """
     if config.is_compressed:
         yield from _compressed(config, layer)
@@ -31,11 +33,11 @@ def _latent(config: ModelConfig, layer: int) -> Iterator[Slot]:
     assert config.kv_lora_rank is not None
     latent, rotated = config.kv_lora_rank, config.rope_dim
     if not config.is_indexed:
-        yield Slot("latent", (latent + rotated,), "cache", config.dtype, layer)
+        yield Slot("latent", (latent + rotated,), "cache", config.dtype, layer, exact=rotated)
         return
     assert config.index_head_dim is not None
     packed = latent + 4 * -(-latent // 128) + 2 * rotated
-    yield Slot("latent", (latent + rotated,), "cache", config.dtype, layer, packed=packed)
+    yield Slot("latent", (latent + rotated,), "cache", config.dtype, layer, packed=packed, exact=rotated)
     yield Slot("index_key", (config.index_head_dim,), "cache", config.dtype, layer, packed=config.index_head_dim + 4)
 
 
@@ -50,7 +52,7 @@ def _compressed(config: ModelConfig, layer: int) -> Iterator[Slot]:
     overlaps = kind == "compressed_sparse_attention"
     # An overlapping window pools its predecessor's rows too, so twice as many are kept, each twice as wide.
     width, kept = (2 * dim, 2 * rate) if overlaps else (dim, rate)
-    yield Slot("entry", (dim,), "cache", config.dtype, layer, rate=rate, packed=packed)
+    yield Slot("entry", (dim,), "cache", config.dtype, layer, rate=rate, packed=packed, exact=config.rope_dim)
     yield Slot("compressor", (2, width), "state", "float32", layer, wide=True, ring=kept)
     if overlaps:
         assert config.index_head_dim is not None

@@ -44,7 +44,8 @@ class Slot:
     first axis is the expert. wide: kept in float32, whatever the model's dtype.
 
     Of the cache only: rate, the tokens of one row. ring: 0 for rows that stay; n for those of which only the last n are
-    ever read. packed: bytes of a row as the publisher's engine stores it, where that is no plain dtype. Role "cache" is
+    ever read. packed: bytes of a row as the publisher's engine stores it, where that is no plain dtype. exact: of a row
+    that may be kept in eight bits, how many of its last numbers may not; None for rows that never are. Role "cache" is
     what attention reads, "state" what closes the next compressed entry.
     """
 
@@ -57,6 +58,7 @@ class Slot:
     rate: int = 1
     ring: int = 0
     packed: int | None = None
+    exact: int | None = None
 
     @property
     def numel(self) -> int:

@@ -51,3 +51,41 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def _calibrating(tmp_path: Path, *arguments: str) -> list[str]:
+    source = tiny_checkpoint(tmp_path / "source", "deepseek_v3")
+    return ["quantize", str(source), str(tmp_path / "new"), "--to", "fp8", *arguments]
+
+
+@pytest.mark.parametrize("given", ["text.txt", "self"])
+def test_calibrates_with_a_text_or_with_the_models_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    (tmp_path / "text.txt").write_text("a day, another day, and the day after. " * 40)
+    place = given if given == "self" else str(tmp_path / given)
+    assert app.run(_calibrating(tmp_path, "--calibrate", place, "--calibrate-tokens", "600", "--json")) == 0
+    captured = capsys.readouterr()
+    done = json.loads(captured.out.splitlines()[-1])["calibration"]
+    assert done["tokens"] == 512
+    assert done["matrices"] > 20
+    assert f"{done['matrices']} matrices rounded for 512 tokens of text" in captured.out
+    assert ("writing text" in captured.err) == (given == "self")
+
+
+def test_mistakes_of_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a day")
+    for arguments, sentence in (
+        (["--calibrate", str(tmp_path / "missing")], "missing cannot be read"),
+        (["--calibrate", str(text), "--calibrate", "self"], "give either self or files"),
+    ):
+        assert app.run(_calibrating(tmp_path, *arguments)) == 2
+        assert sentence in capsys.readouterr().err
+    arguments = _calibrating(tmp_path, "--calibrate", str(text))
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    assert app.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert "tokenizer.json" in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()

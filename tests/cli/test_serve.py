@@ -65,6 +65,14 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(capsys: pytest.CaptureF
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("milliseconds", ["0", "-5", "nan"])
+def test_a_time_that_no_step_can_keep(milliseconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["serve", "no-such-model", "--port", "0", f"--prefill-ms={milliseconds}"]) == 2
+    err = capsys.readouterr().err
+    assert "--prefill-ms is" in err
+    assert err.count("\n") == 1
+
+
 def test_chat_over_a_pipe(checkpoint: Path) -> None:
     command = [*DAEDAL, "chat", str(checkpoint), "--dtype", "float32", "--temperature", "0", "--max-tokens", "6"]
     result = subprocess.run(command, input="hello\nagain\n", capture_output=True, text=True, timeout=120)

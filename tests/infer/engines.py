@@ -1,5 +1,8 @@
 """Small engines for tests, and what holds of them: poisoned memory, little room, equal outputs, nothing left behind."""
 
+import torch
+from torch import Tensor
+
 from daedal.infer.cache import page_multiple, page_nbytes, state_nbytes
 from daedal.infer.draft_lookup import LookupDrafter
 from daedal.infer.draft_model import ModelDrafter
@@ -33,8 +36,13 @@ def poisoned(engine: Engine) -> Engine:
     for cache in engine._runner._caches:
         for pools in cache.pools.values():
             for pool in pools.values():
-                pool.fill_(float("nan"))
+                poison(pool)
     return engine
+
+
+def poison(pool: Tensor) -> None:
+    """NaN throughout; packed rows of nothing but 255 are NaN too."""
+    pool.fill_(255 if pool.dtype == torch.uint8 else torch.nan)
 
 
 def fitting(model: Transformer, page_size: int) -> int:

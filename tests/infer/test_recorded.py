@@ -14,6 +14,7 @@ from daedal import ops
 from daedal.checkpoint.save import save
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
+from daedal.infer.sampling import Logits
 from daedal.infer.scheduler import Step
 from daedal.infer.speculative import Speculation
 from daedal.model.attention_sparse import IndexedAttention
@@ -63,13 +64,13 @@ class Watched:
         self._run = engine._runner.run
         engine._runner.run = self._note
 
-    def _note(self, step: Step, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        known = [recorded.logits_BV for recorded in self.recorded._steps.values()]
-        logits_NV, states = self._run(step, rows)
-        self.replayed += any(logits_NV is logits_BV for logits_BV in known)
+    def _note(self, step: Step, rows: Sequence[int]) -> tuple[Logits, Tensor | None]:
+        known = [recorded.logits for recorded in self.recorded._steps.values()]
+        logits, states = self._run(step, rows)
+        self.replayed += any(logits is one for one in known)
         self.sizes.append(len(step.chunks))
-        self.logits.append(logits_NV.clone())
-        return logits_NV, states
+        self.logits.append(logits.tensor.clone())
+        return logits, states
 
     def generate(self, arrivals: Arrivals) -> dict[str, list[int]]:
         """The ids of every answer, by request."""

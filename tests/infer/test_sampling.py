@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from daedal.infer.drawing import filtered, likeliest
 from daedal.infer.logprobs import token_logprobs
 from daedal.infer.request import SamplingParams
-from daedal.infer.sampling import RowSampler, check_finite, choose, filtered, likeliest
+from daedal.infer.sampling import Logits, RowSampler, check_finite, choose
 
 
 def sampler(params: SamplingParams, prompt: tuple[int, ...] = (0,), vocab_size: int = 8) -> RowSampler:
@@ -18,9 +19,9 @@ def sampler(params: SamplingParams, prompt: tuple[int, ...] = (0,), vocab_size: 
 
 
 def normalised(logits_V: Tensor, params: SamplingParams) -> dict[int, float]:
-    ids_C, weights_C = filtered(logits_V, params)
+    ids_C, weights_C = filtered(logits_V.numpy(), params)
     ids = range(len(weights_C)) if ids_C is None else ids_C.tolist()
-    probabilities = weights_C.double() / weights_C.double().sum()
+    probabilities = weights_C.astype(float) / weights_C.sum(dtype=float)
     return dict(zip(ids, probabilities.tolist(), strict=True))
 
 
@@ -85,7 +86,7 @@ def test_draws_follow_the_filtered_distribution(changes: dict[str, float]) -> No
     logits_NV = torch.tensor([logits])
     counts = dict.fromkeys(range(8), 0)
     for _ in range(num_draws):
-        counts[choose(logits_NV, [one])[0]] += 1
+        counts[choose(Logits(logits_NV), [one])[0]] += 1
     assert {token for token, count in counts.items() if count} <= expected.keys()
     statistic = sum((counts[token] - num_draws * share) ** 2 / (num_draws * share) for token, share in expected.items())
     # The 99.9th percentile for 7 degrees of freedom; fewer have a lower one.
@@ -102,10 +103,10 @@ def test_a_row_draws_alike_alone_and_among_others() -> None:
         SamplingParams(seed=1, top_k=3),
     ]
     together = [sampler(params, vocab_size=40) for params in kinds]
-    rows = [choose(logits_NV, together) for logits_NV in logits_SNV]
+    rows = [choose(Logits(logits_NV), together) for logits_NV in logits_SNV]
     for index, params in enumerate(kinds):
         alone = sampler(params, vocab_size=40)
-        assert [choose(logits_NV[index : index + 1], [alone])[0] for logits_NV in logits_SNV] == [
+        assert [choose(Logits(logits_NV[index : index + 1]), [alone])[0] for logits_NV in logits_SNV] == [
             row[index] for row in rows
         ]
 
@@ -122,7 +123,7 @@ def test_penalties_and_bias() -> None:
     logits_V = torch.tensor([1.0, 4.0, -1.0, 3.0, 2.0, 50.0])
     kept_V = logits_V.clone()
     assert one.adjusted(logits_V).tolist() == [2.0, 2.0, -2.0, 3.0, 2.0, -50.0]
-    assert choose(logits_V.unsqueeze(0), [one]) == [3]
+    assert choose(Logits(logits_V.unsqueeze(0)), [one]) == [3]
     one.observe(3)
     one.observe(0)
     assert one.adjusted(logits_V).tolist() == [2.0 / 2 - 0.75, 2.0, -2.0, 3.0 / 2 - 1.25, 2.0, -50.0]
@@ -131,8 +132,9 @@ def test_penalties_and_bias() -> None:
 
 def test_ties_go_to_the_lowest_id() -> None:
     logits_V = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 1.0])
-    assert choose(logits_V.expand(2, -1), [sampler(SamplingParams(temperature=0.0)) for _ in range(2)]) == [1, 1]
-    assert likeliest(logits_V, 4).tolist() == [1, 2, 3, 4]
+    greedy = [sampler(SamplingParams(temperature=0.0)) for _ in range(2)]
+    assert choose(Logits(logits_V.expand(2, -1)), greedy) == [1, 1]
+    assert likeliest(logits_V.numpy(), 4).tolist() == [1, 2, 3, 4]
     assert list(normalised(logits_V, SamplingParams(top_k=3))) == [1, 2, 3]
     assert list(normalised(logits_V, SamplingParams(top_p=0.7))) == [1, 2, 3]
     tops = token_logprobs(logits_V.expand(3, -1), [0, 0, 0], [1, 3, 6])
@@ -141,20 +143,20 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 def test_extreme_temperatures_and_forbidden_tokens() -> None:
     logits_NV = torch.tensor([[1e30, -1e30, -torch.inf, 1e29]])
-    assert choose(logits_NV, [sampler(SamplingParams(temperature=1e-6, seed=0))]) == [0]
+    assert choose(Logits(logits_NV), [sampler(SamplingParams(temperature=1e-6, seed=0))]) == [0]
     narrow = sampler(SamplingParams(temperature=100.0, seed=0))
-    drawn = {choose(torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]), [narrow])[0] for _ in range(60)}
+    drawn = {choose(Logits(torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])), [narrow])[0] for _ in range(60)}
     assert drawn == {0, 2}
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_broken_logits_are_not_sampled(broken: float) -> None:
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
-        check_finite(torch.tensor([[0.0, 1.0], [0.0, broken]]))
+        check_finite(Logits(torch.tensor([[0.0, 1.0], [0.0, broken]])))
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
-        check_finite(torch.full((1, 3), -torch.inf))
-    check_finite(torch.tensor([[0.0, -torch.inf]]))
-    check_finite(torch.zeros(0, 3))
+        check_finite(Logits(torch.full((1, 3), -torch.inf)))
+    check_finite(Logits(torch.tensor([[0.0, -torch.inf]])))
+    check_finite(Logits(torch.zeros(0, 3)))
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:

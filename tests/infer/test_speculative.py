@@ -35,10 +35,10 @@ SCARCE = [
 ]
 VARIED = [
     SamplingParams(temperature=0.0, max_tokens=24),
-    SamplingParams(seed=7, max_tokens=20, temperature=0.5),
-    SamplingParams(seed=7, max_tokens=9, top_p=0.8, temperature=0.7, frequency_penalty=0.7, logprobs=1),
+    SamplingParams(seed=3, max_tokens=20, temperature=0.5),
+    SamplingParams(seed=3, max_tokens=9, top_p=0.8, temperature=0.7, frequency_penalty=0.7, logprobs=1),
     SamplingParams(temperature=0.0, max_tokens=17, repetition_penalty=1.2, logprobs=2, prompt_logprobs=1),
-    SamplingParams(seed=8, max_tokens=23, top_k=5, temperature=0.6, logit_bias={3: 2.0}, stop_ids=(40, 41, 42)),
+    SamplingParams(seed=4, max_tokens=23, top_k=5, temperature=0.6, logit_bias={3: 2.0}, stop_ids=(40, 41, 42)),
     SamplingParams(temperature=0.0, max_tokens=25, presence_penalty=0.4),
 ]
 PROMPTS = prompts(5, 1, 17, 8, 30, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from daedal import shapes
-from daedal.infer.cache import PagedCache, PagedView, page_multiple
+from daedal.infer.cache import KvDtype, PagedCache, PagedView, page_multiple
 from daedal.model.batch import RaggedBatch
 from daedal.model.transformer import Transformer
 
@@ -19,7 +19,9 @@ Pieces = Mapping[int, Sequence[int]]
 class Feeder:
     """Sequences of at most `lengths` tokens. `pasts` says how many each has; set it lower to withdraw the rest."""
 
-    def __init__(self, model: Transformer, lengths: Sequence[int], *, drafting: bool = False):
+    def __init__(
+        self, model: Transformer, lengths: Sequence[int], *, drafting: bool = False, kv_dtype: KvDtype = "auto"
+    ):
         self.model = model
         self.pasts = [0] * len(lengths)
         multiple = page_multiple(model.config)
@@ -36,10 +38,11 @@ class Feeder:
             dtype=model.dtype,
             num_states=len(lengths) + 1,
             drafting=drafting,
+            kv_dtype=kv_dtype,
         )
         for pools in self.cache.pools.values():
             for pool in pools.values():
-                pool.fill_(torch.nan)
+                pool.fill_(255 if pool.dtype == torch.uint8 else torch.nan)
 
     def feed(self, pieces: Pieces) -> dict[int, Tensor]:
         """Logits of each sequence's new tokens; all in one step."""

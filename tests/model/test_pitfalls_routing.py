@@ -14,6 +14,7 @@ from torch import Tensor
 from daedal import ops
 from daedal.model import moe
 from daedal.model.batch import RaggedBatch
+from daedal.model.forward_pass import ForwardPass
 from daedal.model.transformer import empty
 from tests.model.feeding import Feeder
 from tests.model.oracles import Proven, v4_pair, v32_pair
@@ -73,7 +74,7 @@ def test_groups_that_are_passed_over_cannot_be_chosen_from() -> None:
 @pytest.mark.parametrize("family", ["deepseek_v32", "deepseek_v4"])
 def test_the_router_is_float32_in_a_bfloat16_model(family: str, monkeypatch: Patch) -> None:
     """In bfloat16 two experts whose logits differ by a thousandth tie, and the wrong one may be taken."""
-    router = moe.Router(tiny_config(family), hashed=False).bfloat16()
+    router = moe.Router(tiny_config(family), 1, hashed=False).bfloat16()
     with torch.no_grad():
         router.weight.zero_()
         assert router.e_score_correction_bias is not None
@@ -82,7 +83,8 @@ def test_the_router_is_float32_in_a_bfloat16_model(family: str, monkeypatch: Pat
         router.weight[7, 1] = 2**-10
         x_TD = torch.zeros(1, router.weight.shape[1], dtype=torch.bfloat16)
         x_TD[0, :2] = 1.0
-        ids_TA, weights_TA = router(x_TD, torch.zeros(1, dtype=torch.int64))
+        step = ForwardPass(tiny_config(family), RaggedBatch.of([[0]]), None)
+        ids_TA, weights_TA = router(x_TD, step)
         assert ids_TA[0, 0] == 7
         assert weights_TA.dtype == torch.float32
         assert F.linear(x_TD, router.weight).unique().numel() == 1, "in bfloat16 all are equal"

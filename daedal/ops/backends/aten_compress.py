@@ -71,8 +71,8 @@ def pool_groups(
         plain = dim - 2 * cos_TC.shape[1]
         turn = cos_TC[groups.tokens_N], sin_TC[groups.tokens_N]
         tail_NR = rotary(pooled_NK[:, None, plain:], *turn, interleaved=True).squeeze(1)
-        entry_NK = torch.cat((pooled_NK[:, :plain], tail_NR), -1).to(entries.pool.dtype)
-        entries.pool.flatten(0, 1).index_copy_(0, _entry_rows(groups, entries), entry_NK)
+        entry_NK = torch.cat((pooled_NK[:, :plain], tail_NR), -1)
+        entries.pool.flatten(0, 1).index_copy_(0, _entry_rows(groups, entries), entries.held(entry_NK))
     keep_in_ring(row_T2W, starts, pasts, ring, states)
 
 

@@ -77,7 +77,9 @@ struct AttentionJob {
     int row_type;
     AttentionRows keys, values;
     int64_t threads, slots, unit_rows;
+    PackedForm packed;  // of rows that are; their values are the same rows
 
+    bool is_packed() const { return row_type == PACKED_ROWS; }
     int64_t query_size() const { return query_type == BFLOAT16 ? 2 : 4; }
     int64_t repeats() const { return num_heads / num_groups; }
     int64_t padded_key() const { return (key_dim + 31) / 32 * 32; }
@@ -204,8 +206,9 @@ struct AttentionWorker {
             store(record + 16, fill(0.0f));
             if (unit->limit(tile * 16 + 15) <= from) std::memset(record + 32, 0, job.value_tiles() * 1024);
         }
-        for (int64_t s = from; s < end; s += ATTENTION_BLOCK)
-            block(s, std::min(end, s + ATTENTION_BLOCK), s == from, to);
+        // Few queries do little with a key: it should still be in the nearest cache when it is read as a value.
+        const int64_t step = unit->tiles() > 2 ? ATTENTION_BLOCK : ATTENTION_BLOCK / 2;
+        for (int64_t s = from; s < end; s += step) block(s, std::min(end, s + step), s == from, to);
     }
 
     void block(int64_t from, int64_t end, bool fresh, float* to) {
@@ -225,10 +228,10 @@ struct AttentionWorker {
     void weighted_values(int64_t from, const int* counts, bool fresh, float* to) {
         const int count = counts[unit->tiles() - 1];
         const void* rows[ATTENTION_BLOCK];
-        job.values.find(unit->sequence, unit->head, from, count, unit->length, rows);
+        const int type = find_values(from, count, rows);
         alignas(64) Number packed[ATTENTION_BLOCK * Engine::COLUMNS];
         for (int64_t column = 0; column < job.value_dim; column += Engine::COLUMNS) {
-            Engine::pack_values(rows, count, column, job.value_dim, job.row_type, packed);
+            Engine::pack_values(rows, count, column, job.value_dim, type, packed);
             const int64_t left = job.value_tiles() - column / 16;
             const int tiles = static_cast<int>(std::min<int64_t>(Engine::COLUMNS / 16, left));
             for (int64_t tile = 0; tile < unit->tiles(); ++tile) {
@@ -245,7 +248,7 @@ struct AttentionWorker {
         const void* rows[ATTENTION_BLOCK];
         const int64_t padded = (count + 31) / 32 * 32;
         job.keys.find(unit->sequence, unit->head, from, padded, unit->length, rows);
-        const bool may = sizeof(Number) == 2 && job.key_dim % 32 == 0 && job.keys.page_size >= 16 &&
+        const bool may = sizeof(Number) == 2 && !job.is_packed() && job.key_dim % 32 == 0 && job.keys.page_size >= 16 &&
                          (unit->tiles() <= 2 || job.num_groups == 1);
         for (int64_t s = 0; s < padded; s += 16) {
             const char *first = static_cast<const char*>(rows[s]), *last = static_cast<const char*>(rows[s + 15]);
@@ -255,11 +258,27 @@ struct AttentionWorker {
                 continue;
             }
             Number* copy = keys + s * job.padded_key();
-            for (int64_t i = 0; i < 16; ++i)
-                Engine::copy_key(rows[s + i], job.key_dim, job.row_type, copy + i * job.padded_key());
+            for (int64_t i = 0; i < 16; ++i) copy_key(rows[s + i], copy + i * job.padded_key());
             tiles[s / 16] = copy;
             strides[s / 16] = job.padded_key() * static_cast<int64_t>(sizeof(Number));
         }
+    }
+
+    void copy_key(const void* row, Number* to) const {
+        if (job.is_packed())
+            Engine::unpack(static_cast<const char*>(row), job.packed, job.padded_key(), to);
+        else
+            Engine::copy_key(row, job.key_dim, job.row_type, to);
+    }
+
+    // Addresses of `count` rows, and the type of their numbers: packed ones were unpacked as keys.
+    int find_values(int64_t from, int64_t count, const void** rows) const {
+        if (!job.is_packed()) {
+            job.values.find(unit->sequence, unit->head, from, count, unit->length, rows);
+            return job.row_type;
+        }
+        for (int64_t s = 0; s < count; ++s) rows[s] = keys + s * job.padded_key();
+        return sizeof(Number) == 2 ? BFLOAT16 : FLOAT32;
     }
 
     // The block's weights for 16 rows; carries their maxima, sums and weighted values along.
@@ -422,18 +441,20 @@ inline AttentionRows attention_rows(const Word* a, int64_t size) {
 }
 
 // q, its token stride, its head stride (elements), its type, out (contiguous), starts [B + 1] int32, B, H, G, K, V,
-// scale, lengths [B] int32, type of rows; of keys and then of values: pool, page stride, row stride, head stride
+// scale, lengths [B] int32, type of rows (PACKED_ROWS: strides in bytes, values as keys); of keys and
+// then of values: pool, page stride, row stride, head stride
 // (elements), table int32, its width, page size; threads that scratch is for, slots, rows of a unit (in 16s, at most
 // 1024), and scratch, all as float32 (K', V': rounded up to 32): queries [threads, rows, K'], keys [threads, 128, K'],
-// weights [threads, rows, 128], sums [threads, 2 + slots, rows / 16, 32 + 16 V']
+// weights [threads, rows, 128], sums [threads, 2 + slots, rows / 16, 32 + 16 V']; of packed rows: numbers packed, exact
 inline void attention(const Word* a, const Team& team) {
-    const int64_t size = a[13] == BFLOAT16 ? 2 : 4;
+    const int64_t size = a[13] == PACKED_ROWS ? 1 : a[13] == BFLOAT16 ? 2 : 4;
     const AttentionJob job{pointer<const char>(a[0]), a[1], a[2], static_cast<int>(a[3]), pointer<char>(a[4]),
                            pointer<const int32_t>(a[5]), a[6], a[7], a[8], a[9], a[10], real(a[11]),
                            pointer<const int32_t>(a[12]), static_cast<int>(a[13]), attention_rows(a + 14, size),
-                           attention_rows(a + 21, size), a[28], a[29], a[30]};
+                           attention_rows(a + 21, size), a[28], a[29], a[30], {a[35], a[36]}};
 #if defined(__AVX512BF16__)
-    if (job.query_type == BFLOAT16 && job.row_type == BFLOAT16) return attend<DotEngine>(job, a + 31, team);
+    if (job.query_type == BFLOAT16 && (job.row_type == BFLOAT16 || job.is_packed()))
+        return attend<DotEngine>(job, a + 31, team);
 #endif
     attend<WideEngine>(job, a + 31, team);
 }

@@ -92,6 +92,22 @@ struct DotEngine {
         }
     }
 
+    static constexpr int64_t UNPACK_AHEAD = 4096;  // bytes
+
+    // A packed row, padded with zeros to `stride` numbers; null gives zeros.
+    static inline void unpack(const char* row, const PackedForm& form, int64_t stride, Number* to) {
+        // Rows mostly follow one another in memory, but prefetchers start anew on each page.
+        for (int64_t i = 0; row != nullptr && i < form.nbytes(); i += 64)
+            _mm_prefetch(row + UNPACK_AHEAD + i, _MM_HINT_T0);
+        int64_t k = 0;
+        for (; row != nullptr && k + PACKED_GROUP <= form.width; k += PACKED_GROUP) {
+            const PackedGroup group = form.group(row, k);
+            _mm512_storeu_si512(to + k, group.low);
+            _mm512_storeu_si512(to + k + 32, group.high);
+        }
+        for (; k < stride; k += 32) _mm512_storeu_si512(to + k, form.narrow_part(row, k));
+    }
+
     static inline void straighten(F16& low, F16& high) {
         const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i eight = _mm512_set1_epi32(8);

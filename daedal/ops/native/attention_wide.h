@@ -51,6 +51,9 @@ struct WideEngine {
         }
     }
 
+    // A packed row, padded with zeros; null gives zeros.
+    static inline void unpack(const char* row, const PackedForm& form, int64_t, Number* to) { form.unpack(row, to); }
+
     static inline void straighten(F16&, F16&) {}
 
     template <typename T>

@@ -25,6 +25,7 @@ struct Pool {
     float* ring;  // [states, rows, 2, width]: projection and gate, its bias added
     const int32_t* states;
     int64_t ring_rows, entries_type;
+    PackedForm packed;  // of entries whose type says so
 
     int64_t width() const { return overlaps ? 2 * dim : dim; }
     float* kept(int64_t sequence, int64_t position) const {
@@ -72,8 +73,7 @@ inline F16 pool_columns(const Pool& p, int64_t sequence, int64_t first, int64_t 
     return pooled / total_;
 }
 
-template <typename T>
-inline void pool_finish(const Pool& p, int64_t token, float* entry, T* to) {
+inline void pool_finish(const Pool& p, int64_t token, float* entry) {
     if (p.weight_type == BFLOAT16)
         norm_row(entry, static_cast<const bf16*>(p.weight), entry, p.dim, p.eps);
     else
@@ -85,6 +85,10 @@ inline void pool_finish(const Pool& p, int64_t token, float* entry, T* to) {
         tail[2 * i] = first * cos[i] - second * sin[i];
         tail[2 * i + 1] = second * cos[i] + first * sin[i];
     }
+}
+
+template <typename T>
+inline void pool_write(const Pool& p, const float* entry, T* to) {
     for (int64_t i = 0; i < p.dim; ++i) store_one(to + i, entry[i]);
 }
 
@@ -95,11 +99,14 @@ inline void pool_token(const Pool& p, int64_t token) {
     float entry[POOL_DIM];
     for (int64_t column = 0; column < p.dim; column += 16)
         store(entry + column, pool_columns(p, sequence, position + 1 - p.rate, column));
-    const char* row = p.entries.row(sequence, position / p.rate);
-    if (p.entries_type == BFLOAT16)
-        pool_finish(p, token, entry, reinterpret_cast<bf16*>(const_cast<char*>(row)));
+    pool_finish(p, token, entry);
+    char* row = const_cast<char*>(p.entries.row(sequence, position / p.rate));
+    if (p.entries_type == PACKED_ROWS)
+        pack_row(p.packed, entry, row);
+    else if (p.entries_type == BFLOAT16)
+        pool_write(p, entry, reinterpret_cast<bf16*>(row));
     else
-        pool_finish(p, token, entry, reinterpret_cast<float*>(const_cast<char*>(row)));
+        pool_write(p, entry, reinterpret_cast<float*>(row));
 }
 
 // Stores the token's own row, unless a later one of this batch takes its place.
@@ -114,7 +121,8 @@ inline void pool_store(const Pool& p, int64_t token) {
 }
 
 // kv, stride, gate, stride (elements), bias, norm weight, its type, starts, pasts (int32), tokens, sequences, rate,
-// dim, overlaps, eps, cos, sin, pairs, ring, states (int32), ring rows, entries' type, entries (7 words of a table)
+// dim, overlaps, eps, cos, sin, pairs, ring, states (int32), ring rows, entries' type (PACKED_ROWS: packed), entries
+// (7 words of a table), of packed ones: numbers packed, exact
 inline void pool_groups(const Word* a, const Team& team) {
     Pool p;
     p.kv = pointer<const float>(a[0]), p.kv_stride = a[1], p.gate = pointer<const float>(a[2]), p.gate_stride = a[3];
@@ -123,7 +131,7 @@ inline void pool_groups(const Word* a, const Team& team) {
     p.rate = a[11], p.dim = a[12], p.overlaps = a[13], p.eps = real(a[14]);
     p.cos = pointer<const float>(a[15]), p.sin = pointer<const float>(a[16]), p.pairs = a[17];
     p.ring = pointer<float>(a[18]), p.states = pointer<const int32_t>(a[19]), p.ring_rows = a[20];
-    p.entries_type = a[21], p.entries = row_table(a + 22);
+    p.entries_type = a[21], p.entries = row_table(a + 22), p.packed = {a[29], a[30]};
     const Range mine = team.share(p.batch.tokens);
     for (int64_t token = mine.begin; token < mine.end; ++token) pool_token(p, token);
     team.sync();

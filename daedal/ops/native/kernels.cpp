@@ -19,6 +19,7 @@ namespace NATIVE_LEVEL {
 
 #include "lanes.h"
 #include "rows.h"
+#include "packed_rows.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "weights.h"
@@ -32,6 +33,7 @@ namespace NATIVE_LEVEL {
 #include "compress.h"
 
 static const Entry TABLE[] = {
+    DAEDAL_PACKED_ROWS_KERNELS
     DAEDAL_ATTENTION_KERNELS
     DAEDAL_ROWS_KERNELS DAEDAL_LINEAR_KERNELS DAEDAL_EXPERTS_KERNELS DAEDAL_ELEMENTWISE_KERNELS
     DAEDAL_HYPER_KERNELS DAEDAL_SPARSE_KERNELS DAEDAL_CHOOSE_KERNELS DAEDAL_COMPRESS_KERNELS

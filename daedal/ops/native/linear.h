@@ -2,6 +2,8 @@
 // matrices. Every thread owns panels of the result. Included inside each level's namespace.
 #pragma once
 
+#include "registers.h"
+
 // Rows of activations where the caller has them: row i of group g.
 template <typename T>
 struct Source {
@@ -176,21 +178,38 @@ inline void packed_linear(const Word* a, const Team& team) {
         linear_typed<float>(a, team);
 }
 
-// `N` rows by four features: sums run along the columns, 16 side by side.
+// Features whose sums stay in registers beside those of four rows.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int FEATURES = 4;
+#else
+constexpr int FEATURES = 2;
+#endif
+
+inline Register take_part(const float* from, int64_t count) {
+    if (count >= LANES) return take(from);
+    Register value{};
+    for (int64_t i = 0; i < count; ++i) value[i] = from[i];
+    return value;
+}
+
+// `N` rows by four features: sums run along the columns, side by side.
 template <int N>
 inline void dense_block(const float* const* x, const float* weights, int64_t features, int64_t columns, float (*y)[4]) {
-    F16 sums[N][4] = {};
-    int64_t k = 0;
-    const float* w[4];
-    for (int64_t f = 0; f < 4; ++f) w[f] = weights + std::min(f, features - 1) * columns;
-    for (; k < columns; k += 16) {
-        for (int f = 0; f < 4; ++f) {
-            const F16 weight = load_part(w[f] + k, columns - k);
-            for (int n = 0; n < N; ++n) sums[n][f] += weight * load_part(x[n] + k, columns - k);
+    for (int64_t first = 0; first < 4; first += FEATURES) {
+        const float* w[FEATURES];
+        for (int64_t f = 0; f < FEATURES; ++f) w[f] = weights + std::min(first + f, features - 1) * columns;
+        Register sums[N][FEATURES] = {};
+        for (int64_t k = 0; k < columns; k += LANES) {
+            Register row[N];
+            for (int n = 0; n < N; ++n) row[n] = take_part(x[n] + k, columns - k);
+            for (int f = 0; f < FEATURES; ++f) {
+                const Register weight = take_part(w[f] + k, columns - k);
+                for (int n = 0; n < N; ++n) sums[n][f] += weight * row[n];
+            }
         }
+        for (int n = 0; n < N; ++n)
+            for (int f = 0; f < FEATURES; ++f) y[n][first + f] = total(sums[n][f]);
     }
-    for (int n = 0; n < N; ++n)
-        for (int f = 0; f < 4; ++f) y[n][f] = sum(sums[n][f]);
 }
 
 // x float32, rows, rows of the inner axis, outer stride, inner stride, columns, weights float32 [features, columns],

@@ -1,17 +1,17 @@
 // A few rows of activations times panels of packed weights: the arithmetic of decoding, bound by how fast weights
 // stream from memory. Integer formats are summed as integers group by group (VNNI), each group's sum then enters a
-// float32 sum; bf16 and fp8 are summed in float32 from bfloat16 products. The order of every sum is fixed: it depends
+// float32 sum; bf16 and fp8 are summed in float32 from bfloat16 products. Other levels than AVX-512: `products.h`. The order of every sum is fixed: it depends
 // neither on the number of rows nor on who computes them. Included inside each level's namespace.
 #pragma once
 
 // `N` rows by one panel: result[n] holds the products with its 16 rows. Compiled once for each N.
 
+// So far ahead a line is asked for: streams start anew on each page, and prefetchers with them.
+constexpr int64_t AHEAD = 2048;
+
 #if defined(__AVX512BF16__)
 
 constexpr int FEW = 8;  // rows at once: their sums fill half of the registers
-
-// So far ahead a line is asked for: streams start anew on each page, and prefetchers with them.
-constexpr int64_t AHEAD = 2048;
 
 inline __m512i line(const uint8_t* from) {
     _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, _MM_HINT_T0);
@@ -170,74 +170,7 @@ __attribute__((noinline)) void products(const Matrix<F>& matrix, const Panel& pa
 
 #else
 
-constexpr int FEW = 4;
-
-// The columns of one line of codes, as float32: without scale, and without zero point.
-template <Format F>
-inline void columns_of(const uint8_t* codes, F16* columns) {
-    U16 words;
-    std::memcpy(&words, codes, sizeof words);
-    if constexpr (F == Format::BF16) {
-        columns[0] = (F16)(words << 16);
-        columns[1] = (F16)(words & 0xffff0000u);
-    } else if constexpr (F == Format::INT8) {
-        for (int j = 0; j < 4; ++j) columns[j] = __builtin_convertvector((I16)(words << (24 - 8 * j)) >> 24, F16);
-    } else if constexpr (F == Format::FP8) {
-        constexpr int at[] = {0, 16, 8, 24};
-        for (int j = 0; j < 4; ++j) {
-            const U16 code = words >> at[j] & 127;
-            const F16 small = __builtin_convertvector((I16)code, F16) * 0x1p-9f;
-            const U16 bits = code == 127 ? U16{} + 0x7fc00000u : (code << 20) + (120u << 23);
-            const U16 sign = (words >> at[j] & 128) << 24;
-            columns[j] = (F16)((code < 8 ? (U16)small : bits) | sign);
-        }
-    } else {
-        for (int j = 0; j < 8; ++j) {
-            const U16 code = words >> (j < 4 ? 8 * j : 8 * j - 28) & 15;
-            if constexpr (F == Format::INT4) {
-                columns[j] = __builtin_convertvector((I16)code, F16);
-            } else {
-                // Exponent and mantissa of e2m1 are float32's after a shift; 1 alone is subnormal.
-                const U16 size = code & 7;
-                const U16 bits = size < 2 ? size * 0x3f000000u : (size << 22) + (126u << 23);
-                columns[j] = (F16)(bits | (code & 8) << 28);
-            }
-        }
-    }
-}
-
-template <Format F, int N>
-__attribute__((noinline)) void products(const Matrix<F>& matrix, const Panel& panel, const uint8_t* const* rows,
-                                        F16* result) {
-    constexpr int64_t GROUP = layout<F>.group, EACH = 32 / layout<F>.bits;
-    const int64_t sides_at = matrix.groups * GROUP * sizeof(float);
-    const uint8_t* codes = panel.codes;
-    F16 total[N] = {};
-    for (int64_t g = 0; g < matrix.groups; ++g) {
-        F16 sum[N] = {};
-        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += EACH, codes += 64) {
-            F16 columns[EACH];
-            columns_of<F>(codes, columns);
-            for (int64_t j = 0; j < EACH; ++j)
-                for (int n = 0; n < N; ++n) sum[n] += columns[j] * reinterpret_cast<const float*>(rows[n])[k + j];
-        }
-        if constexpr (F == Format::BF16) {
-            for (int n = 0; n < N; ++n) total[n] += sum[n];
-        } else {
-            const F16 scale = scales<F>(panel, g);
-            for (int n = 0; n < N; ++n) {
-                if constexpr (whole<F>) {
-                    const Side& side = reinterpret_cast<const Side*>(rows[n] + sides_at)[g];
-                    if constexpr (F == Format::INT4) sum[n] -= zeros(panel, g) * side.fix;
-                    total[n] += sum[n] * (scale * side.scale);
-                } else {
-                    total[n] += sum[n] * scale;
-                }
-            }
-        }
-    }
-    for (int n = 0; n < N; ++n) result[n] = total[n];
-}
+#include "products.h"
 
 #endif
 

@@ -8,6 +8,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -22,6 +26,9 @@ DAEDAL_TABLE(avx512)
 #endif
 #if defined(NATIVE_HAS_avx2)
 DAEDAL_TABLE(avx2)
+#endif
+#if defined(NATIVE_HAS_dotprod)
+DAEDAL_TABLE(dotprod)
 #endif
 DAEDAL_TABLE(generic)
 
@@ -44,6 +51,16 @@ bool runs_avx512() {
 }
 #endif
 
+#if defined(__aarch64__)
+bool runs_dotprod() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return true;  // Apple's, all of which have it
+#endif
+}
+#endif
+
 const Level* levels(int* count) {
     static const Level known[] = {
 #if defined(NATIVE_HAS_avx512)
@@ -51,6 +68,9 @@ const Level* levels(int* count) {
 #endif
 #if defined(NATIVE_HAS_avx2)
         {"avx2", table_avx2, runs_avx2()},
+#endif
+#if defined(NATIVE_HAS_dotprod)
+        {"dotprod", table_dotprod, runs_dotprod()},
 #endif
         {"generic", table_generic, true},
     };

@@ -63,6 +63,7 @@ struct SparseQuery {
 struct Sparse {
     Batch batch;
     RowTable entries, window;
+    PackedForm packed;  // of the entries; a width of 0: they are plain
     int64_t ring;  // rows of a sequence's ring, in which the row of position p lies at p % ring; 0: the window is flat
     const char* q;
     int64_t q_token, q_head;  // strides in bytes
@@ -101,6 +102,9 @@ struct Sparse {
         for (result.entries = width; result.entries > 0 && result.chosen[result.entries - 1] < 0;) --result.entries;
         return result;
     }
+
+    // How many slots, from the first, hold plain rows.
+    int64_t plain(const SparseQuery& query) const { return packed.width == 0 ? query.slots() : query.window_rows; }
 
     // The row in a slot, null where there is none.
     const char* row(const SparseQuery& query, int64_t slot) const {
@@ -153,6 +157,15 @@ inline void widen_rows(const char* const* rows, int64_t dim, int64_t padded, flo
         }
 }
 
+// Some rows in one slot after the other; the first `plain` of them are numbers, the others packed.
+struct SlotRows {
+    const char* rows[16];
+    int64_t plain;
+    const PackedForm* form;
+
+    bool packed(int i) const { return i >= plain && rows[i] != nullptr; }
+};
+
 // products[key][head] of 16 rows and 16 heads.
 inline void multiply_wide(const float* rows, const float* packed, int64_t dim, float* products) {
     for (int lane = 0; lane < 16; lane += LANES)
@@ -176,10 +189,14 @@ struct WideSparse {
         pack_wide<T>(q, s.q_head, heads, s.dim, s.padded_dim(), packed);
     }
 
-    static void score(const Sparse& s, const char* const* rows, int64_t slot, int64_t query) {
+    static void score(const Sparse& s, const SlotRows& slots, int64_t slot, int64_t query) {
         const int64_t dim = s.padded_dim();
         float* kept = reinterpret_cast<float*>(s.values) + (query * s.chunk + slot) * dim;
-        widen_rows<T>(rows, s.dim, dim, kept);
+        const char* plain[16];
+        for (int i = 0; i < 16; ++i) plain[i] = slots.packed(i) ? nullptr : slots.rows[i];
+        widen_rows<T>(plain, s.dim, dim, kept);
+        for (int i = 0; i < 16; ++i)
+            if (slots.packed(i)) slots.form->unpack(slots.rows[i], kept + i * dim);
         for (int64_t tile = 0; tile < s.tiles(); ++tile) {
             const float* packed = s.queries + (query * s.tiles() + tile) * dim * PACKED;
             float* scores = s.scores + ((query * s.tiles() + tile) * s.chunk + slot) * 16;
@@ -243,17 +260,15 @@ struct PairSparse {
 
     static int64_t value_stride(const Sparse& s) { return (s.chunk / 2 + 1) * 32; }
 
-    static void score(const Sparse& s, const char* const* rows, int64_t slot, int64_t query) {
+    static void score(const Sparse& s, const SlotRows& slots, int64_t slot, int64_t query) {
         alignas(64) bf16 kept[16][PAIRS_DIM];
         const int64_t dim = s.padded_dim(), stride = value_stride(s);
         bf16* values = reinterpret_cast<bf16*>(s.values) + query * (s.padded_values() / 16) * stride + slot * 16;
         for (int pair = 0; pair < 8; ++pair)
             for (int64_t k = 0; k < dim; k += 32) {
-                const __mmask32 mask = first_lanes(s.dim - k);
                 __m512i two[2];
                 for (int i = 0; i < 2; ++i) {
-                    const auto* row = reinterpret_cast<const bf16*>(rows[2 * pair + i]);
-                    two[i] = row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, row + k);
+                    two[i] = numbers(slots, 2 * pair + i, k, s.dim);
                     _mm512_store_si512(kept[2 * pair + i] + k, two[i]);
                 }
                 if (k >= s.padded_values()) continue;
@@ -267,6 +282,14 @@ struct PairSparse {
             multiply_tiles(kept[0], PAIRS_DIM, packed, dim, s.tiles(), scores, s.chunk * 16);
         else
             multiply_pairs(kept[0], PAIRS_DIM, packed, dim, s.tiles(), scores, s.chunk * 16);
+    }
+
+    // Numbers k to k + 31 of a row, zero behind its end.
+    static __m512i numbers(const SlotRows& slots, int i, int64_t k, int64_t dim) {
+        const char* row = slots.rows[i];
+        if (row == nullptr) return _mm512_setzero_si512();
+        if (slots.packed(i)) return slots.form->narrow_part(row, k);
+        return _mm512_maskz_loadu_epi16(first_lanes(dim - k), reinterpret_cast<const bf16*>(row) + k);
     }
 
     static F16 weigh(float*, char* weights, int64_t slot, F16 first, F16 second) {
@@ -322,11 +345,12 @@ inline void sparse_score(const Sparse& s, int64_t first, int64_t count, int64_t 
         const SparseQuery reads = s.query(first + query);
         const int64_t slots = std::min(s.chunk, reads.slots() - base);
         if (slot >= (slots + 31) / 32 * 32) continue;
-        const char* rows[16];
-        for (int key = 0; key < 16; ++key) rows[key] = slot + key < slots ? s.row(reads, base + slot + key) : nullptr;
-        E::score(s, rows, slot, query);
+        SlotRows here{{}, s.plain(reads) - base - slot, &s.packed};
         for (int key = 0; key < 16; ++key)
-            for (int64_t tile = 0; rows[key] == nullptr && tile < s.tiles(); ++tile)
+            here.rows[key] = slot + key < slots ? s.row(reads, base + slot + key) : nullptr;
+        E::score(s, here, slot, query);
+        for (int key = 0; key < 16; ++key)
+            for (int64_t tile = 0; here.rows[key] == nullptr && tile < s.tiles(); ++tile)
                 store(s.scores + ((query * s.tiles() + tile) * s.chunk + slot + key) * 16, fill(NO_SCORE));
     }
 }
@@ -443,7 +467,8 @@ inline void sparse_run(const Sparse& s, const Team& team) {
 
 // q, token stride, head stride (bytes), type, starts, pasts (int32), tokens, sequences, heads, K, V, span, rate, scale,
 // sinks or null, sinks type, result [T, H, V], chosen or null, its columns, chunk, round, ring, scratch (queries,
-// scores, weights, values, state, sums), entries (7 words of a table), window (7 words)
+// scores, weights, values, state, sums), entries (7 words of a table), window (7 words); of packed entries: numbers
+// packed (0: none are), exact
 inline void sparse_attention(const Word* a, const Team& team) {
     Sparse s;
     s.q = pointer<const char>(a[0]), s.q_token = a[1], s.q_head = a[2];
@@ -454,6 +479,7 @@ inline void sparse_attention(const Word* a, const Team& team) {
     s.queries = pointer<float>(a[22]), s.scores = pointer<float>(a[23]), s.weights = pointer<char>(a[24]);
     s.values = pointer<char>(a[25]), s.state = pointer<float>(a[26]), s.sums = pointer<float>(a[27]);
     s.entries = row_table(a + 28), s.window = row_table(a + 35);
+    s.packed = {a[42], a[43]};
     if (a[3] == FLOAT32) return sparse_run<WideSparse<float>>(s, team);
 #if defined(__AVX512BF16__)
     if (s.padded_dim() <= PAIRS_DIM) {

@@ -10,6 +10,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #include <sched.h>
 
@@ -44,6 +46,8 @@ struct Team {
             if (spins < 1000) {
 #if defined(__x86_64__)
                 _mm_pause();
+#elif defined(__aarch64__)
+                __asm__ volatile("isb" ::: "memory");  // `yield` does nothing on most cores
 #endif
             } else {
                 sched_yield();

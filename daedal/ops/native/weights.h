@@ -82,12 +82,18 @@ struct Side {
 };
 
 #if defined(__AVX512BF16__)
-template <Format F>
-using Activation = std::conditional_t<whole<F>, int8_t, bf16>;
+using Real = bf16;
 #else
-template <Format F>
-using Activation = float;
+using Real = float;
 #endif
+// Bytes where the machine multiplies them; elsewhere the same whole numbers as floats.
+#if defined(__AVX512BF16__) || defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+using Code = int8_t;
+#else
+using Code = float;
+#endif
+template <Format F>
+using Activation = std::conditional_t<whole<F>, Code, Real>;
 
 // `columns`: with padding.
 template <Format F>
@@ -140,17 +146,22 @@ inline void store_codes(int8_t* to, I16 codes) {
 }
 inline void store_codes(float* to, I16 codes) { store(to, __builtin_convertvector(codes, F16)); }
 
-// What the unsigned form of a group's weights adds to a sum, undone. Floats stand for themselves.
+// Byte products take fp4 doubled, so that it is whole. What some machines want unsigned is shifted up by so much.
+#if defined(__AVX512BF16__)
+constexpr float SHIFT_FP4 = 12, SHIFT_INT8 = 128;
+#elif defined(__AVX2__)
+constexpr float SHIFT_FP4 = 12, SHIFT_INT8 = 0;
+#else
+constexpr float SHIFT_FP4 = 0, SHIFT_INT8 = 0;
+#endif
+
+// What the shifted form of a group's weights adds to a sum, undone.
 template <Format F>
 inline Side side(float scale, int32_t sum) {
     const float total = static_cast<float>(sum);
     if constexpr (F == Format::INT4) return {scale, total / 16.0f};
-#if defined(__AVX512BF16__)
-    if constexpr (F == Format::FP4) return {scale * 0.5f, -12.0f * total};
-    return {scale, -128.0f * total};
-#else
-    return {scale, 0.0f};
-#endif
+    if constexpr (F == Format::FP4) return {sizeof(Code) == 1 ? scale * 0.5f : scale, -SHIFT_FP4 * total};
+    return {scale, -SHIFT_INT8 * total};
 }
 
 // One group of a row, of which `count` columns exist, to 8-bit codes: the largest magnitude becomes 127. A NaN is

@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from daedal.ops.backends.cpu.packed_rows import numbers_dtype, packed_sizes, packing, row_type
 from daedal.ops.backends.cpu.program import TYPES, call
-from daedal.ops.backends.cpu.rows import BACKEND, declines
+from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
 from daedal.ops.registry import REGISTRY
 from daedal.ops.rows import FlatRows, PagedRows, Rows
 
@@ -22,20 +23,23 @@ UNIT_ROWS = 256
 BLOCK, CHUNKS = 128, 64
 # Rows side by side are one page longer than any sequence.
 ENDLESS = 1 << 30
-FLOATS = (torch.bfloat16, torch.float32)
 
 
 def _attention_supports(
     q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float
 ) -> str | None:
-    held = [_memory(rows) for rows in (keys, values) if not isinstance(rows, int)]
-    for tensor in (q_THK, *held):
-        if tensor.dtype not in FLOATS:
-            return f"takes bfloat16 and float32, not {tensor.dtype}"
-        if tensor.stride(-1) != 1 and tensor is not q_THK:
-            return "rows are not dense"
-    if held[0].dtype != held[-1].dtype:
-        return f"keys are {held[0].dtype}, values {held[-1].dtype}"
+    read = [rows for rows in (keys, values) if not isinstance(rows, int)]
+    held = [_memory(rows) for rows in read]
+    dtypes = [numbers_dtype(rows) for rows in read]
+    for dtype in (q_THK.dtype, *dtypes):
+        if dtype not in FLOATS:
+            return f"takes bfloat16 and float32, not {dtype}"
+    if any(tensor.stride(-1) != 1 for tensor in held):
+        return "rows are not dense"
+    if dtypes[0] != dtypes[-1]:
+        return f"keys are {dtypes[0]}, values {dtypes[-1]}"
+    if len(read) > 1 and any(packing(rows) is not None for rows in read):
+        return "takes packed rows whose first numbers are the values"
     if not 1e-6 < scale < 1e6:
         return f"a scale of {scale} is out of its range"
     return declines(q_THK, *held)
@@ -70,13 +74,14 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
         value_dim,
         float(scale),
         lengths_B,
-        TYPES[memory.dtype],
+        row_type(keys),
         *key_place,
         *value_place,
         threads,
         slots,
         unit_rows,
         *_scratch(threads, slots, unit_rows, key_dim, value_dim),
+        *packed_sizes(keys),
     )
     return out_THV
 

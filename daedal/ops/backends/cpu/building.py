@@ -17,8 +17,7 @@ from types import MappingProxyType
 
 SOURCES = Path(__file__).resolve().parents[2] / "native"
 
-# Flags of each level beyond the baseline; kernels check at run time that the CPU has them.
-_X86_LEVELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+_X86: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "avx512": (
             "-mavx512f",
@@ -35,7 +34,13 @@ _X86_LEVELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
     }
 )
-_FLAGS = (
+_ARM: Mapping[str, tuple[str, ...]] = MappingProxyType({"dotprod": ("-march=armv8.2-a+dotprod",)})
+
+# Flags of each level beyond the baseline, by machine; the library checks when it is loaded that the CPU has them.
+LEVEL_FLAGS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
+)
+FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
@@ -87,18 +92,20 @@ def _fingerprint(compiler: str) -> str:
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     version = subprocess.run([*compiler.split(), "--version"], capture_output=True, check=False).stdout
-    digest.update(version + platform.machine().encode() + repr((_FLAGS, sorted(_X86_LEVELS.items()))).encode())
+    digest.update(version + platform.machine().encode() + repr((FLAGS, _levels())).encode())
     return digest.hexdigest()[:16]
+
+
+def _levels() -> dict[str, tuple[str, ...]]:
+    return {"generic": (), **LEVEL_FLAGS.get(platform.machine().lower(), {})}
 
 
 def _build(compiler: str, scratch: Path) -> Path:
     """Compiles every level that the compiler knows, side by side, and links them."""
-    base = [*compiler.split(), *_FLAGS]
+    base = [*compiler.split(), *FLAGS]
     if _compiles([*base, "-fopenmp"], scratch):
         base.append("-fopenmp")
-    levels: dict[str, tuple[str, ...]] = {"generic": ()}
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        levels |= {name: flags for name, flags in _X86_LEVELS.items() if _compiles([*base, *flags], scratch)}
+    levels = {name: flags for name, flags in _levels().items() if not flags or _compiles([*base, *flags], scratch)}
     jobs = [
         [*base, *flags, f"-DNATIVE_LEVEL={name}", "-c", str(SOURCES / "kernels.cpp")] for name, flags in levels.items()
     ]

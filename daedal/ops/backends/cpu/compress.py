@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from daedal.ops.backends.cpu.packed_rows import packed_sizes, row_type
 from daedal.ops.backends.cpu.program import TYPES, call
-from daedal.ops.backends.cpu.rows import BACKEND, declines
+from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
 from daedal.ops.backends.cpu.sparse import moving_numbers, table, whole_numbers
 from daedal.ops.registry import REGISTRY
 from daedal.ops.rows import PagedRows
@@ -53,7 +54,7 @@ def _pool_supports(
     wide = (kv_TW, gate_TW, bias_rW, cos_TC, sin_TC, ring)
     if any(tensor.dtype != torch.float32 for tensor in wide):
         return "takes projections, angles and rings in float32"
-    if any(tensor.dtype not in (torch.bfloat16, torch.float32) for tensor in (weight_K, entries.pool)):
+    if any(dtype not in FLOATS for dtype in (weight_K.dtype, entries.dtype)):
         return "takes a norm's weight and entries in bfloat16 and float32"
     if weight_K.shape[0] > MOST_DIM:
         return f"takes entries of at most {MOST_DIM} numbers, not {weight_K.shape[0]}"
@@ -86,5 +87,6 @@ def pool_groups(
         *(kv_TW, kv_TW.stride(0), gate_TW, gate_TW.stride(0), bias_rW, weight_K, TYPES[weight_K.dtype]),
         *(whole_numbers(starts), moving_numbers(pasts, "pasts"), kv_TW.shape[0], len(pasts), bias_rW.shape[0]),
         *(weight_K.shape[0], int(overlaps), float(eps), cos_TC, sin_TC, cos_TC.shape[1]),
-        *(ring, moving_numbers(states, "states"), ring.shape[1], TYPES[entries.pool.dtype], *table(entries)),
+        *(ring, moving_numbers(states, "states"), ring.shape[1], row_type(entries), *table(entries)),
+        *packed_sizes(entries),
     )

@@ -23,7 +23,7 @@ from daedal.places import cache_directory
 Argument = Tensor | int | float | None
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2, torch.int32: 3, torch.bool: 4}
-LEVELS = ("amx", "avx512", "avx2", "generic")
+LEVELS = ("amx", "avx512", "avx2", "dotprod", "generic")
 
 
 class Native:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from daedal.ops.backends.cpu.packed_rows import numbers_dtype, packed_sizes, packing
 from daedal.ops.backends.cpu.program import TYPES, Argument, call, recorder
 from daedal.ops.backends.cpu.rows import BACKEND, declines
 from daedal.ops.registry import REGISTRY
@@ -80,9 +81,9 @@ def declines_rows(q_THK: Tensor, *kinds: Rows | RingRows | None) -> str | None:
     for rows in kinds:
         if rows is None:
             continue
-        held = storage(rows)
-        if held.dtype != q_THK.dtype:
-            return f"takes rows in the queries' {q_THK.dtype}, not {held.dtype}"
+        held, dtype = storage(rows), numbers_dtype(rows)
+        if dtype != q_THK.dtype:
+            return f"takes rows in the queries' {q_THK.dtype}, not {dtype}"
         if held.stride(-1) != 1:
             return "takes dense rows"
         if reason := declines(held):
@@ -146,6 +147,7 @@ def sparse_attention(
         *_scratch(q_THK, value_dim, chunk, round_, several=slots > chunk),
         *table(entries),
         *table(window),
+        *packed_sizes(entries),
     )
     return out_THV
 
@@ -178,6 +180,8 @@ def _choice_supports(
         return f"takes at most {MOST_HEADS} index heads of {MOST_DIM} numbers, not {list(q_TIK.shape[1:])}"
     if weights_TI.dtype != torch.float32:
         return f"takes weights in float32, not {weights_TI.dtype}"
+    if packing(keys) is not None:
+        return "takes plain keys"
     # No gradient passes through a choice, so one that is wanted elsewhere is no hindrance.
     return declines_rows(q_TIK.detach(), keys) or declines(weights_TI.detach())
 
