@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                                   # smollm2-135m on this project's own documents
     python benchmarks/quality.py --model PATH --text NOVEL.txt --text MANUAL.txt.xz --formats int8 int4
+    python benchmarks/quality.py --formats fp8 --directory "fp8, calibrated=PATH"   # beside what daedal quantize wrote
 
 Every format is measured twice: through the kernels that serve it, in bfloat16, against the unpacked bfloat16 model; and
 expanded, in float32 arithmetic, against the checkpoint in float32, which shows the format alone. A text is a slice of
@@ -18,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,12 @@ def measure(model: Transformer, parts: Sequence[Tensor], wanted: Sequence[Tensor
     return Quality(perplexity=reached, worse=reached / base - 1, divergence=divergence / count, agreement=same / count)
 
 
-def compare(directory: Path, formats: Sequence[str], parts: Sequence[Tensor]) -> dict[str, dict[str, Quality]]:
-    """Way of running, then format (None as "unpacked"), to its quality."""
+def compare(
+    directory: Path, formats: Sequence[str], others: Mapping[str, Path], parts: Sequence[Tensor]
+) -> dict[str, dict[str, Quality]]:
+    """Way of running, then format (None as "unpacked"), to its quality. others: checkpoints of the same model, by the
+    names that they have here.
+    """
     found: dict[str, dict[str, Quality]] = {}
     for way, dtype in (("running", torch.bfloat16), ("expanded", torch.float32)):
         wanted = list(log_probabilities(load(directory, dtype=dtype), parts, f"{way}: unpacked"))
@@ -111,6 +116,8 @@ def compare(directory: Path, formats: Sequence[str], parts: Sequence[Tensor]) ->
         rows = {"unpacked": same}
         for name in formats:
             rows[name] = measure(load(directory, dtype=dtype, weights=name), parts, wanted, f"{way}: {name}")
+        for name, other in others.items():
+            rows[name] = measure(load(other, dtype=dtype), parts, wanted, f"{way}: {name}")
         found[way] = rows
     return found
 
@@ -140,16 +147,27 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def named(text: str) -> tuple[str, Path]:
+    """NAME=PATH taken apart."""
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=PATH: write it as fp8=/models/fp8")
+    return name, Path(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a name that daedal pull knows, or a directory")
     parser.add_argument("--text", type=Path, action="append", default=[], help="a text file, also .xz; may be repeated")
     parser.add_argument("--formats", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
+    parser.add_argument(
+        "--directory", type=named, action="append", default=[], help="NAME=PATH: a checkpoint made of the model"
+    )
     parser.add_argument("--window", type=int, default=1024, help="tokens that are read from an empty context")
     options = parser.parse_args()
     directory = resolve(options.model)
     parts = windows(read_texts(options.text), Tokenizer.load(directory), options.window)
-    found = compare(directory, options.formats, parts)
+    found = compare(directory, options.formats, dict(options.directory), parts)
     tokens = sum(part.shape[1] - 1 for part in parts)
     Console(width=120).print(table(found), f"{options.model}, {tokens} tokens scored, windows of {options.window}")
     rows = {way: {name: asdict(row) for name, row in rows.items()} for way, rows in found.items()}

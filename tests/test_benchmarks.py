@@ -1,5 +1,6 @@
 """The parts of the benchmarks that could lie: what is written for a peer, and what a ratio is made of. No timing."""
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -96,3 +97,13 @@ def test_random_packed_weights_load(bench: Any, tmp_path: Path, checkpoint: Path
     bench("peer_models").write_random_packed(directory, config, weights)
     side = bench("peer_sides").Daedal(directory, weights, 1)
     assert torch.isfinite(side.model.logits(torch.tensor([[1, 2, 3]]))).all()
+
+
+def test_quality_compares_checkpoints_that_were_made_of_the_model(bench: Any, checkpoint: Path) -> None:
+    quality = bench("quality")
+    parts = [torch.arange(1, 33).unsqueeze(0)]
+    found = quality.compare(checkpoint, [], dict([quality.named(f"as it was={checkpoint}")]), parts)
+    for rows in found.values():
+        assert rows["as it was"] == rows["unpacked"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no NAME=PATH"):
+        quality.named(str(checkpoint))

@@ -25,13 +25,19 @@ _SCALES = (torch.float8_e8m0fnu, torch.uint8, *PLAIN)
 
 @dataclass(frozen=True)
 class Stored:
-    """One matrix as its file has it: numbers, or codes with their scales. dtype: of either."""
+    """One matrix as its file has it: numbers, or codes with their scales. dtype: of either.
+
+    Codes may also be new, made by calibration: then `error` is the norm of the change divided by the norm of what was
+    there, and dtype may be "int8" or "int4", which no file has; zero: the zero points of int4.
+    """
 
     name: str
     dtype: str
     tensor: Tensor
     scale: Tensor | None
     block: tuple[int, int]
+    zero: Tensor | None = None
+    error: float | None = None
 
     def values(self) -> Tensor:
         """The numbers it stands for: as stored, or exactly in float32."""

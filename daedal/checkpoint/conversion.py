@@ -51,7 +51,7 @@ def _codes(stored: Stored, dtype: str, block: tuple[int, int], *, power_of_two: 
     if stored.scale is not None and stored.dtype == dtype:
         kept = formats.scale_values(stored.scale)
         if not power_of_two or formats.are_powers_of_two(kept):
-            return Converted(stored.tensor, kept)
+            return Converted(stored.tensor, kept, stored.error or 0.0)
     exact = True
     if dtype == layouts.FP4:
         tensor, scale = formats.quantise_fp4(stored.values())

@@ -8,7 +8,7 @@ have no stock layout: they are written packed, for Daedal's CPU kernels alone (`
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from daedal import layouts
 from daedal.checkpoint import packing
+from daedal.checkpoint.calibration import Calibrated, Calibration
 from daedal.checkpoint.contents import Contents
 from daedal.checkpoint.conversion import Converted, convert
 from daedal.checkpoint.packed_files import FOLDER, WEIGHTS_FILE
@@ -54,6 +55,17 @@ class RoleReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """tokens: read. matrices: rounded by them. unreached: matrices of experts that too few of them reached, rounded
+    plainly.
+    """
+
+    tokens: int
+    matrices: int
+    unreached: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeReport:
     """bytes_*: of all weight files. tensors: written, scales counted. inexact: FP4 matrices that FP8 could not hold
     exactly.
@@ -66,6 +78,7 @@ class QuantizeReport:
     bytes_after: int
     inexact: int
     roles: tuple[RoleReport, ...]
+    calibration: CalibrationReport | None = None
 
 
 def quantize(
@@ -75,53 +88,74 @@ def quantize(
     to: str,
     layout: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    calibration: Callable[[], Sequence[Tensor]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantizeReport:
     """Writes the checkpoint `src` to `dst` in another number format, with its tokenizer and other small files.
 
     to: "bf16", "fp8" or "fp4", in a stock layout; "int8" or "int4", packed. layout: names to write, None for the
-    family's published ones. progress: called with (done, in all), of tensors, or of bytes for what is packed.
+    family's published ones, "packed" for Daedal's CPU kernels alone. calibration: gives token ids, int64 [T] each, of
+    texts for which matrices are rounded (`checkpoint.calibration`), once all else is checked; None rounds each number
+    to the nearest.
+    progress: called with (done, in all), of tensors, or of bytes for what is packed.
     ConfigError for a format that the family has no stock layout for; CheckpointError for a damaged source, a DSpark
     draft, or a destination that is not free. What lay at `dst` stays until all is there.
     """
     source, destination = Path(src), Path(dst)
     config = ModelConfig.read(source)
-    check_format(config, to)
-    if to in PACKED_FORMATS and layout is not None:
+    packed = layout == PACKED_LAYOUT or (to in PACKED_FORMATS and layout is None)
+    if to in PACKED_FORMATS and not packed:
         raise ConfigError(f"layout is {layout!r}: {to} has no stock layout, leave it out")
-    chosen = layouts.choose(config, layout)
+    check_format(config, to, packed=packed)
+    if calibration is not None and to == "bf16":
+        raise ConfigError("the format is 'bf16': it has nothing to calibrate, leave the calibration text out")
+    chosen = layouts.choose(config, None if packed else layout)
     _check_destination(source, destination)
     if (weights := packing.carried(source)) is not None:
         raise CheckpointError(f"{source} is packed as {weights} already: quantise the original checkpoint")
     shards = Shards(source)
     drafts = layouts.has_drafting(shards.files, config)
     slots = parameters(config) + (drafting(config) if drafts else [])
+    tally, target = Tally(), _target(config, "bf16" if packed else to, drafts=drafts)
+    planned = packing.plan(config, to, drafts=drafts) if packed else []
     contents = Contents(shards, config, slots, drafting=drafts)
+    if calibration is not None:
+        wanted = _packed_formats(planned) if packed else _stock_formats(target, chosen)
+        given = Calibration(
+            windows=calibration(),
+            formats=wanted,
+            block=(128, 128) if packed else contents.block,
+            power_of_two=not packed and _power_of_two(target),
+        )
+        contents = Calibrated(shards, config, slots, given, drafting=drafts, noted=tally.note_calibrated)
     before = sum((source / file).stat().st_size for file in set(shards.files.values()))
-    others, tally = _small_files(source), Tally()
-    if to in PACKED_FORMATS:
-        planned = packing.plan(config, to, drafts=drafts)
+    others = _small_files(source)
+    if packed:
         write = partial(packing.write_folder, planned, contents, to, drafts, progress, tally.note_packed)
-        publish(destination, published_config(_target(config, "bf16", drafts=drafts)), write, others=others)
-        return tally.report(to, PACKED_LAYOUT, before, destination.glob(f"{FOLDER}/{WEIGHTS_FILE}"))
-    conversion = _Conversion(contents, _target(config, to, drafts=drafts), tally)
+        publish(destination, published_config(target), write, others=others)
+        report = tally.report(to, PACKED_LAYOUT, before, destination.glob(f"{FOLDER}/{WEIGHTS_FILE}"))
+        return replace(report, calibration=_calibration_report(contents))
+    conversion = _Conversion(contents, target, tally)
     plan = list(conversion.plan(chosen))
     published = published_config(conversion.target)
     write_checkpoint(destination, published, plan, shard_bytes=shard_bytes, others=others, progress=progress)
-    return tally.report(to, chosen, before, destination.glob("model*.safetensors"))
+    report = tally.report(to, chosen, before, destination.glob("model*.safetensors"))
+    return replace(report, calibration=_calibration_report(contents))
 
 
-def check_format(config: ModelConfig, to: str) -> None:
-    """ConfigError for a format that Daedal does not write, or that models of this family are not shipped in."""
-    if to in PACKED_FORMATS:
-        return
-    if to not in FORMATS:
+def check_format(config: ModelConfig, to: str, *, packed: bool = False) -> None:
+    """ConfigError for a format that Daedal does not write, or, unless packed, that models of this family are not
+    shipped in.
+    """
+    if to not in FORMATS + PACKED_FORMATS:
         raise ConfigError(f"the format is {to!r}: Daedal writes {', '.join(FORMATS + PACKED_FORMATS)}")
+    if packed or to in PACKED_FORMATS:
+        return
     stock = _STOCK.get(config.model_type, FORMATS[:1])
     if to not in stock:
         raise ConfigError(
             f"the format is {to!r}, {config.model_type} is published in {' and '.join(stock)}: only formats that stock "
-            "readers of a family know are written"
+            "readers of a family know are written; layout packed has them all, for Daedal alone"
         )
     for name in ("hidden_size", "moe_intermediate_size") if to == "fp4" else ():
         if getattr(config, name) % layouts.FP4_GROUP:
@@ -147,6 +181,9 @@ class Tally:
     def note_packed(self, planned: packing.Planned, slab: Slab | None) -> None:
         role = planned.slot.role if planned.kept is None or planned.kept.name != HEAD else "head"
         self.note(role, planned.entry.name, planned.entry.kind, error=0.0 if slab is None else slab.error())
+
+    def note_calibrated(self, slot: Slot, error: float) -> None:
+        self._errors[slot.role] = max(self._errors[slot.role], error)
 
     def report(self, to: str, layout: str, bytes_before: int, written: Iterable[Path]) -> QuantizeReport:
         roles = tuple(
@@ -176,7 +213,7 @@ class _Conversion:
         self.target = target
         self._tally = tally
         self._contents = contents
-        self._power_of_two = (target.quantization_config or {}).get("scale_fmt") == "ue8m0"
+        self._power_of_two = _power_of_two(target)
 
     def plan(self, layout: str) -> Iterator[Planned]:
         """Every tensor to write, in the order of the forward pass."""
@@ -222,6 +259,34 @@ def _stack(slot: Slot, matrices: Sequence[Tensor]) -> Tensor:
 
 def _empty(piece: Piece) -> Mapping[str, Tensor]:
     return {piece.name: torch.empty(piece.shape, dtype=getattr(torch, piece.dtype))}
+
+
+def _stock_formats(target: ModelConfig, layout: str) -> dict[str, str]:
+    """The slots of the backbone that are quantised, and to what."""
+    kinds = {layouts.FP8: "fp8", layouts.FP4: "fp4"}
+    first = ((slot.name, next(layouts.pieces(slot, target, layout))) for slot in parameters(target))
+    return {name: kinds[piece.dtype] for name, piece in first if piece.dtype in kinds}
+
+
+def _packed_formats(planned: Sequence[packing.Planned]) -> dict[str, str]:
+    """The same of a packed model, but for the head and the expansion of latents, which have formats of their own."""
+    kept = [one.kept for one in planned if one.kept is not None and not one.slot.name.startswith("mtp.")]
+    return {
+        one.name: one.format
+        for one in kept
+        if one.part == "whole" and one.name != HEAD and one.format != "bf16"
+        if one.format != "fp4" or one.shape[-1] % layouts.FP4_GROUP == 0
+    }
+
+
+def _calibration_report(contents: Contents) -> CalibrationReport | None:
+    if not isinstance(contents, Calibrated):
+        return None
+    return CalibrationReport(tokens=contents.tokens, matrices=contents.matrices, unreached=contents.unreached)
+
+
+def _power_of_two(target: ModelConfig) -> bool:
+    return target.is_compressed or (target.quantization_config or {}).get("scale_fmt") == "ue8m0"
 
 
 def _target(config: ModelConfig, to: str, *, drafts: bool) -> ModelConfig:

@@ -37,6 +37,9 @@ class Slab:
 
     def error(self) -> float:
         """The norm of the change, divided by the norm of what was there."""
+        new = [part.error for part in self.parts if part.error is not None]
+        if new:
+            return max(new)
         before = _values(self.parts)
         if self.kept.part != "whole":
             before = _part_of_expansion(before, self.kept)
@@ -93,12 +96,26 @@ def _codes(parts: Sequence[Stored], form: str) -> Codes:
     if form == "fp4":
         each = [_fp4(part) for part in parts]
         return torch.cat([codes for codes, _ in each]), torch.cat([scale for _, scale in each]), None
+    if parts[0].dtype == form and parts[0].scale is not None:
+        return _joined(parts)
     values = _values(parts)
     if form == "int4":
         return quantise_int4(values)
     if form == "int8":
         return *quantise_int8(values), None
     return values.bfloat16(), None, None
+
+
+def _joined(parts: Sequence[Stored]) -> Codes:
+    """New int8 or int4 codes as they are."""
+    codes, scale = torch.cat([part.tensor for part in parts]), torch.cat([_given(part.scale) for part in parts])
+    zero = torch.cat([_given(part.zero) for part in parts]) if parts[0].zero is not None else None
+    return codes, scale, zero
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _fp4(part: Stored) -> tuple[Tensor, Tensor]:

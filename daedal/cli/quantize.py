@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 FormatName = Literal["bf16", "fp8", "fp4", "int8", "int4"]
-LayoutName = Literal["deepseek", "transformers"]
+LayoutName = Literal["deepseek", "transformers", "packed"]
 
 
 def command(
@@ -34,18 +34,32 @@ def command(
         ),
     ],
     layout: Annotated[
-        LayoutName | None, typer.Option(help="Names to write; the family's published ones if not given.")
+        LayoutName | None,
+        typer.Option(help="Names to write; the family's published ones if not given; packed for Daedal alone."),
     ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|self",
+            help="Round for a text (UTF-8, also .xz; may be repeated), or for what the model itself writes: "
+            "slower, and closer to the unrounded model.",
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate with.")] = 16_384,
     json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
     """Write a checkpoint in another number format, tensor by tensor, and say what that changed."""
     from daedal.checkpoint.quantize import quantize
+    from daedal.cli.calibrating import windows
 
     source = resolve_shown(src)
     bars = Progress(console=Console(stderr=True))
     display = FetchDisplay(bars)
     try:
-        report = quantize(source, dst, to=to, layout=layout, progress=partial(display, "converting"))
+        given = partial(windows, source, calibrate or (), calibrate_tokens, partial(display, "writing text"))
+        calibration = given if calibrate else None
+        progress = partial(display, "converting")
+        report = quantize(source, dst, to=to, layout=layout, calibration=calibration, progress=progress)
     finally:
         if bars.tasks:
             bars.stop()
@@ -59,6 +73,9 @@ def _table(report: "QuantizeReport") -> Table:
     title = (
         f"{in_bytes(report.bytes_before)} became {in_bytes(report.bytes_after)}, {report.tensors:,} tensors{inexact}"
     )
+    if (done := report.calibration) is not None:
+        title += f"\n{done.matrices:,} matrices rounded for {done.tokens:,} tokens of text"
+        title += f"; {done.unreached:,} of experts that too few reached, plainly" if done.unreached else ""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("tensors", justify="right")
