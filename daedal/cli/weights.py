@@ -25,7 +25,8 @@ WeightsOption = Annotated[
     ),
 ]
 
-LEVELS = ("amx", "avx512")  # whose kernels multiply 8-bit integers and bfloat16 natively
+# Whose kernels read packed weights about as fast as memory gives them.
+LEVELS = ("amx", "avx512", "avx2", "dotprod")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def choose_weights(name: WeightsName, directory: Path, device: "torch.device", *
         return Weights(format=None, reason=lacking)
     if published is not None:
         return Weights(format=published, reason="as published")
-    return Weights(format="int8", reason="this CPU has VNNI; --weights bf16 keeps the checkpoint's numbers")
+    return Weights(format="int8", reason="this CPU has kernels for it; --weights bf16 keeps the checkpoint's numbers")
 
 
 def _published(directory: Path) -> str | None:
@@ -84,7 +85,7 @@ def _lacking(weights: str) -> str | None:
         return f"no native kernels: {absent}"
     level = program.native().level
     if level not in LEVELS:
-        return f"this CPU's kernels are {level}, packed weights pay from AVX-512 on"
+        return f"this CPU's kernels are {level}: packed weights pay from AVX2 or ARM's dot products on"
     rows, columns = 16, FORMATS[weights].group
     data = torch.zeros(packed_bytes(weights, (rows, columns)), dtype=torch.uint8)
     sample = Packed(data, weights, (rows, columns))

@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_auto_keeps_published_formats_and_takes_int8_otherwise(tmp_path: Path) -> None:
     plain = tiny_checkpoint(tmp_path / "plain", "deepseek_v3")
-    vnni = "weights: int8 (this CPU has VNNI; --weights bf16 keeps the checkpoint's numbers)"
+    vnni = "weights: int8 (this CPU has kernels for it; --weights bf16 keeps the checkpoint's numbers)"
     assert _auto(plain) == vnni
     assert _auto(quantized(tmp_path / "v3", "deepseek_v3", "fp8")) == "weights: fp8 (as published)"
     assert _auto(quantized(tmp_path / "v4", "deepseek_v4", "fp4")) == "weights: fp4 (as published)"
@@ -57,7 +57,7 @@ def test_auto_packs_nothing_where_it_would_not_pay(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(program, "missing", lambda: "no C++ compiler was found: install one")
     assert _auto(directory) == f"{held} (no native kernels: no C++ compiler was found: install one)"
     monkeypatch.setattr(program, "missing", lambda: None)
-    for level, sentence in (("avx2", "pay from AVX-512 on"), ("amx", "no fast backend reads packed weights here")):
+    for level, sentence in (("generic", "pay from AVX2"), ("amx", "no fast backend reads packed weights here")):
         monkeypatch.setattr(program, "native", lambda level=level: type("Library", (), {"level": level}))
         with using("reference"):
             assert sentence in _auto(directory)
