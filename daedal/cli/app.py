@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from daedal.cli import chat, cost, doctor, pull, quantize, serve, version
+from daedal.cli import chat, cost, doctor, pull, quantize, serve, train, version
 from daedal.errors import ConfigError, DaedalError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -26,6 +26,7 @@ app.command(name="serve")(serve.command)
 app.command(name="chat")(chat.command)
 app.command(name="pull")(pull.command)
 app.command(name="quantize")(quantize.command)
+app.command(name="train")(train.command)
 app.command(name="cost")(cost.command)
 app.command(name="doctor")(doctor.command)
 app.command(name="version")(version.command)

@@ -52,7 +52,7 @@ class GroupedLinear(nn.Module):
             weight = weight.unflatten(0, (self.groups, -1))
         if self.arithmetic is not None:
             return _each(x_TGC, weight, self.arithmetic)
-        return ops.grouped_linear(x_TGC, weight).flatten(1)
+        return ops.grouped_linear(x_TGC, like(weight, x_TGC)).flatten(1)
 
 
 W = TypeVar("W", Tensor, Packed, Tensor | Packed)

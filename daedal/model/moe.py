@@ -1,8 +1,8 @@
 """The two feed-forward kinds: one gated MLP, and DeepSeekMoE with fine-grained routed and always-on shared experts.
 
-Routing runs in float32 whatever the model's dtype: in bfloat16 near-ties flip experts (DeepSeekMoE, section 3; V2,
-section 2.2; V3, section 2.1.2). In V4's first layers a table gives each token id its experts, and the router only their
-weights (V4, section 2.1). The correction bias steers the choice only, never the weights, and is no gradient
+Routing runs in float32 at least, whatever the model's dtype: in bfloat16 near-ties flip experts (DeepSeekMoE, section
+3; V2, section 2.2; V3, section 2.1.2). In V4's first layers a table gives each token id its experts, and the router
+only their weights (V4, section 2.1). The correction bias steers the choice only, never the weights, and is no gradient
 parameter. Dropless: every token reaches all of its experts.
 """
 
@@ -32,7 +32,7 @@ class GatedMLP(nn.Module):
 
 
 class Router(nn.Module):
-    """x_TD to (ids_TA, weights_TA float32). hashed: experts by the table `tid2eid` [V, A] instead of by choice.
+    """x_TD to (ids_TA, weights_TA float32; float64 stays). hashed: experts by the table `tid2eid` [V, A], not by choice.
 
     layer: the layer's index, by which it names itself to observers.
     """
@@ -50,7 +50,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, step: ForwardPass) -> tuple[Tensor, Tensor]:
         config = self.config
-        wide = x_TD.float()
+        wide = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
         logits_TE = ops.linear(wide, self.weight.to(wide.dtype))
         ids_TA, weights_TA = ops.route(
             logits_TE,

@@ -73,10 +73,13 @@ def routers(model: nn.Module) -> dict[int, Router]:
 
 @torch.no_grad()
 def update_biases(model: nn.Module, loads: Loads, *, speed: float) -> None:
-    """Moves every correction bias by `speed` towards the mean load. loads: of the whole step, over all processes.
+    """Moves every correction bias by `speed` towards the mean load. loads: of the whole step, over all processes; empty
+    where nothing is to be balanced, as while indexers alone learn.
 
-    Raises KeyError for a layer that has a bias and no load: it was not counted.
+    Raises KeyError for a layer that has a bias and no load, if others have one: it was not counted.
     """
+    if not loads:
+        return
     for layer, router in routers(model).items():
         if router.e_score_correction_bias is not None:
             load_E = loads[layer].to(router.e_score_correction_bias)

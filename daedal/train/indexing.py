@@ -15,20 +15,24 @@ import torch
 from torch import Tensor
 
 from daedal.model.forward_pass import Attended, Indexed
+from daedal.ops.reference import wide
 
 BLOCK = 128  # queries at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexerLesson:
-    """One layer's loss, summed over `queries` queries that had an entry to look at.
+    """One layer's loss, summed over the queries that had an entry to look at.
 
-    recall: sum over the same queries of the share of the target that the indexer's best entries hold, as many as the
-    sparse stage reads, compared with the most that so many could hold.
+    queries: those of them that had to choose, as they saw more entries than the sparse stage reads. recall, held: sums
+    over these. recall: of the entries to which attention gives most, as many as are read, the share that is among the
+    indexer's best as many. held: the share of attention that the indexer's best hold, compared with the most that so
+    many could hold. Both say something of the indexer only where attention reads everything.
     """
 
     loss: Tensor
     recall: Tensor
+    held: Tensor
     queries: int
 
 
@@ -36,8 +40,8 @@ def lesson(seen: Indexed, attended: Attended, *, count: int) -> IndexerLesson:
     """What one layer's indexer can learn from its attention. count: entries that the sparse stage reads."""
     # Sums over nothing: an indexer that no query had a use for has a gradient of zero, and not none.
     keys = seen.keys.sequence(0)[:0].sum() if len(seen.keys) else 0.0
-    total = (seen.q_TIK[:0].sum() + seen.weights_TI[:0].sum() + keys).float()
-    recall, queries = torch.zeros(()), 0
+    total = wide(seen.q_TIK[:0].sum() + seen.weights_TI[:0].sum() + keys)
+    recall, held, queries = torch.zeros(()), torch.zeros(()), 0
     for block in _blocks(attended):
         seen_tS, scores_tS = _scores(seen, attended, block)
         with torch.no_grad():
@@ -50,9 +54,10 @@ def lesson(seen: Indexed, attended: Attended, *, count: int) -> IndexerLesson:
         # Where the target is 0 nothing is compared, though the guess may be minus infinity there.
         apart_tS = torch.where(target_tS > 0, target_tS * (target_tS.clamp_min(1e-30).log() - guess_tS), 0.0)
         total = total + apart_tS.sum()
-        recall = recall + _held(guess_tS.detach(), target_tS, count).cpu()
-        queries += int(used_t.sum())
-    return IndexerLesson(loss=total, recall=recall, queries=queries)
+        choosing_t = seen_tS[used_t].sum(-1) > count
+        found, share = _compared(guess_tS.detach()[choosing_t], target_tS[choosing_t], count)
+        recall, held, queries = recall + found.cpu(), held + share.cpu(), queries + int(choosing_t.sum())
+    return IndexerLesson(loss=total, recall=recall, held=held, queries=queries)
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,10 @@ def _blocks(attended: Attended) -> Iterator[_Block]:
 
 def _scores(seen: Indexed, attended: Attended, block: _Block) -> tuple[Tensor, Tensor]:
     """(which entries each query reads, the indexer's scores of all), [t, S]."""
-    keys_SK = seen.keys.sequence(block.sequence).float()
-    queries_tIK = seen.q_TIK[block.first : block.last].float()
+    keys_SK = wide(seen.keys.sequence(block.sequence))
+    queries_tIK = wide(seen.q_TIK[block.first : block.last])
     products_tIS = torch.einsum("tik,sk->tis", queries_tIK, keys_SK).relu()
-    scores_tS = torch.einsum("ti,tis->ts", seen.weights_TI[block.first : block.last].float(), products_tIS)
+    scores_tS = torch.einsum("ti,tis->ts", wide(seen.weights_TI[block.first : block.last]), products_tIS)
     positions_t = block.positions(scores_tS.device)
     places_S = torch.arange(keys_SK.shape[0], device=scores_tS.device)
     seen_tS = places_S < ((positions_t + 1) // seen.rate)[:, None]
@@ -95,13 +100,13 @@ def _scores(seen: Indexed, attended: Attended, block: _Block) -> tuple[Tensor, T
 
 def _target(attended: Attended, block: _Block, seen_tS: Tensor) -> tuple[Tensor, Tensor]:
     """(attention over the entries, summed over heads and to 1 [t, S]; what they had before that [t])."""
-    queries_tHK = attended.q_THK[block.first : block.last].float()
-    entries_SK = attended.entries.sequence(block.sequence).float()
+    queries_tHK = wide(attended.q_THK[block.first : block.last])
+    entries_SK = wide(attended.entries.sequence(block.sequence))
     logits_HtS = torch.einsum("thk,sk->hts", queries_tHK, entries_SK) * attended.scale
     logits_HtS = logits_HtS.masked_fill(~seen_tS, float("-inf"))
     others = [_window(attended, block, queries_tHK)] if attended.window is not None else []
     if attended.sinks_H is not None:
-        others.append(attended.sinks_H.float()[:, None, None].expand(-1, queries_tHK.shape[0], 1))
+        others.append(wide(attended.sinks_H)[:, None, None].expand(-1, queries_tHK.shape[0], 1))
     total_Ht = torch.cat((logits_HtS, *others), -1).logsumexp(-1)
     shares_tS = (logits_HtS - total_Ht[..., None]).exp().nan_to_num(0.0).sum(0)
     mass_t = shares_tS.sum(-1)
@@ -111,7 +116,7 @@ def _target(attended: Attended, block: _Block, seen_tS: Tensor) -> tuple[Tensor,
 def _window(attended: Attended, block: _Block, queries_tHK: Tensor) -> Tensor:
     """Logits of the window's rows, [H, t, W], those that a query does not see at minus infinity."""
     assert attended.window is not None
-    rows_WK = attended.window.sequence(block.sequence).float()
+    rows_WK = wide(attended.window.sequence(block.sequence))
     batch = attended.batch
     end = batch.pasts[block.sequence] + batch.starts[block.sequence + 1] - block.begin
     places_W = torch.arange(end - rows_WK.shape[0], end, device=rows_WK.device)
@@ -121,9 +126,11 @@ def _window(attended: Attended, block: _Block, queries_tHK: Tensor) -> Tensor:
     return logits_HtW.masked_fill(~seen_tW, float("-inf"))
 
 
-def _held(guess_tS: Tensor, target_tS: Tensor, count: int) -> Tensor:
-    """Sum over queries of the target's share in the `count` best guesses, over that in its own `count` largest."""
+def _compared(guess_tS: Tensor, target_tS: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sums over queries, `recall` and `held` of the lesson; each query sees more than `count` entries."""
     count = min(count, guess_tS.shape[1])
-    found_t = target_tS.gather(1, guess_tS.topk(count, -1).indices).sum(-1)
-    best_t = target_tS.topk(count, -1).values.sum(-1)
-    return (found_t / best_t.clamp_min(1e-30)).sum()
+    best_tA, largest_tA = guess_tS.topk(count, -1).indices, target_tS.topk(count, -1)
+    named_tS = torch.zeros_like(target_tS, dtype=torch.bool).scatter_(1, best_tA, True)
+    found_t = named_tS.gather(1, largest_tA.indices).float().mean(-1)
+    share_t = target_tS.gather(1, best_tA).sum(-1) / largest_tA.values.sum(-1).clamp_min(1e-30)
+    return found_t.sum(), share_t.sum()

@@ -1,29 +1,22 @@
 """The training loop: micro-batches to gradients, gradients to one step, and a report of it.
 
-An objective's sums are divided by the targets of the whole step, over all micro-batches and processes; gradients are
-sums over processes. So a step is the same however it is cut. A loss or a gradient that is not finite ends the run
-before anything is updated. Knows no data formats, no files, no teacher: objectives and batches are handed in, and
-whoever iterates decides what to write and when.
+A learner makes the gradients and knows of processes; the loop clips, steps, moves the experts' biases and reports. A
+loss or a gradient that is not finite ends the run before anything is updated. Knows no data formats, no files, no
+teacher: objectives and batches are handed in, and whoever iterates decides what to write and when.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from daedal.errors import DaedalError
 from daedal.model.transformer import Transformer
 from daedal.train.balance import Balance, balance, update_biases
 from daedal.train.batches import Batch, bits_per_byte
 from daedal.train.bounds import number
-from daedal.train.clipping import Spread, clip
-from daedal.train.objective import Loss
+from daedal.train.learner import Alone, Learner, Objective, Sums
 from daedal.train.optimizer import Optimizers
-from daedal.train.processes import ALONE, Processes
-
-Objective = Callable[[Transformer, Batch], Loss]
+from daedal.train.processes import lost
 
 
 class TrainingError(DaedalError):
@@ -65,20 +58,6 @@ class StepReport:
     seconds: float
 
 
-@dataclass
-class _Sums:
-    """What the micro-batches of a step add up to."""
-
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    loads: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, loss: Loss) -> None:
-        for name, part in loss.parts.items():
-            self.parts[name] = self.parts[name] + part if name in self.parts else part
-        for layer, load_E in loss.loads.items():
-            self.loads[layer] = self.loads[layer] + load_E if layer in self.loads else load_E
-
-
 def train(
     model: Transformer,
     batches: Iterable[Sequence[Batch]],
@@ -87,59 +66,68 @@ def train(
     *,
     config: LoopConfig,
     start_step: int = 0,
-    processes: Processes = ALONE,
+    learner: Learner | None = None,
 ) -> Iterator[StepReport]:
     """Trains `model` in place, one report for each step of `batches`, whose first is step `start_step`.
 
-    When a report is given, its step is complete: the model may be saved or changed before the next is asked for.
-    Raises TrainingError where the loss or a gradient is not finite; weights are then those of the step before.
+    learner: of several processes (`parallel`), whose part of the model is `model`; None for one process alone. When a
+    report is given, its step is complete: the model may be saved or changed before the next is asked for. Raises
+    TrainingError where the loss or a gradient is not finite, weights are then those of the step before, and where
+    another process is gone.
     """
     model.train()
+    learner = Alone(model) if learner is None else learner
     started = time.perf_counter()
     for step, micro_batches in enumerate(batches, start_step):
-        targets, tokens, num_bytes = processes.total(
-            [
-                sum(batch.num_targets for batch in micro_batches),
-                sum(batch.inputs.ids_T.numel() for batch in micro_batches),
-                sum(batch.num_bytes for batch in micro_batches),
-            ]
-        )
-        if not targets:
-            raise TrainingError(f"step {step} has nothing to predict: give it data with targets")
-        sums = _Sums()
-        for batch in micro_batches:
-            loss = objective(model, batch.to(model.device))
-            (loss.total / targets).backward()
-            sums.add(loss)
-        parts = _means(sums.parts, targets, processes)
-        norm = clip([Spread(parameters=list(model.parameters()))], config.clip, processes.device)
-        _check_finite(step, parts, norm)
-        optimizers.step(step)
-        optimizers.zero_grad()
-        loads = processes.summed(sums.loads)
-        if config.bias_speed:
-            update_biases(model, loads, speed=config.bias_speed)
-        nats = parts["next_token"]
+        try:
+            sums, norm = _step(step, micro_batches, objective, optimizers, learner, config)
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            raise TrainingError(
+                f"another process is gone or does not answer in step {step}: find out which from its own last words, "
+                "then go on from the last checkpoint"
+            ) from error
         finished = time.perf_counter()
-        yield StepReport(
-            step=step,
-            targets=targets,
-            tokens=tokens,
-            loss=nats,
-            bits_per_byte=bits_per_byte(nats * targets, num_bytes),
-            parts=parts,
-            norm=norm,
-            rates=optimizers.rates(step),
-            balance=balance(loads),
-            seconds=finished - started,
-        )
+        yield _report(step, sums, norm, optimizers, finished - started)
         started = finished
 
 
-def _means(sums: Mapping[str, Tensor], targets: int, processes: Processes) -> dict[str, float]:
-    names = sorted(sums)
-    together = processes.sum(torch.stack([sums[name].double().cpu() for name in names]))
-    return {name: float(value) / targets for name, value in zip(names, together, strict=True)}
+def _step(
+    step: int,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    optimizers: Optimizers,
+    learner: Learner,
+    config: LoopConfig,
+) -> tuple[Sums, float]:
+    """One update of everything; what it was made of, and the norm of its gradients."""
+    sums = learner.accumulate(objective, micro_batches)
+    if not sums.targets:
+        raise TrainingError(f"step {step} has nothing to predict: give it data with targets")
+    norm = learner.clip(config.clip)
+    _check_finite(step, sums.parts, norm)
+    optimizers.step(step)
+    optimizers.zero_grad()
+    if config.bias_speed:
+        update_biases(learner.model, sums.loads, speed=config.bias_speed)
+    return sums, norm
+
+
+def _report(step: int, sums: Sums, norm: float, optimizers: Optimizers, seconds: float) -> StepReport:
+    parts = {name: value / sums.targets for name, value in sums.parts.items()}
+    return StepReport(
+        step=step,
+        targets=sums.targets,
+        tokens=sums.tokens,
+        loss=parts["next_token"],
+        bits_per_byte=bits_per_byte(sums.parts["next_token"], sums.num_bytes),
+        parts=parts,
+        norm=norm,
+        rates=optimizers.rates(step),
+        balance=balance(sums.loads),
+        seconds=seconds,
+    )
 
 
 def _check_finite(step: int, parts: Mapping[str, float], norm: float) -> None:

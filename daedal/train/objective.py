@@ -48,15 +48,14 @@ class Watch:
         self.loads: dict[int, Tensor] = {}
         self.sequence_losses: list[Tensor] = []
         self.indexer_losses: list[Tensor] = []
-        self.recalls: list[Tensor] = []
-        self.queries = 0
+        self.recall, self.held, self.queries = torch.zeros(()), torch.zeros(()), 0
 
     @property
     def reads_all(self) -> bool:
         return self.stage != "sparse"
 
     def routed(self, seen: Routed, *, again: bool) -> None:
-        if seen.hashed:
+        if seen.hashed or self.stage == "warm-up":
             return
         loss = sequence_loss(seen) if self.balances else None
         if again:
@@ -72,8 +71,19 @@ class Watch:
         learned = lesson(seen, attended, count=self.index_topk)
         if not again:
             self.indexer_losses.append(learned.loss)
-            self.recalls.append(learned.recall)
+            self.recall, self.held = self.recall + learned.recall, self.held + learned.held
             self.queries += learned.queries
+
+    def shares(self) -> dict[str, float]:
+        """Where attention read everything, how well indexers chose, as means over the queries that had to choose.
+
+        recall: of the entries to which attention gave most, the share that was chosen. held: the share of attention
+        that the chosen entries hold, of the most that so many could. 1 where there was nothing to choose.
+        """
+        if self.stage != "warm-up" or not self.indexer_losses:
+            return {}
+        sums = {"recall": float(self.recall), "held": float(self.held)}
+        return {name: total / self.queries if self.queries else 1.0 for name, total in sums.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +92,14 @@ class Pretraining:
     loss + indexer_weight x the indexers' divergence.
 
     stage: "dense", attention reads every entry and indexers rest; "warm-up", the same, and the indexers alone learn;
-    "sparse", attention reads what they choose, and all learn. chunk: entries of the vocabulary held at once.
+    "sparse", attention reads what they choose, and all learn. chunk: tokens whose logits are held at once.
     """
 
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
     indexer_weight: float = 1.0
     stage: str = "sparse"
-    chunk: int = 8192
+    chunk: int = 256
 
     def __post_init__(self) -> None:
         for name in ("mtp_weight", "balance_weight", "indexer_weight"):
@@ -99,23 +109,37 @@ class Pretraining:
             raise ConfigError(f"stage is {self.stage!r}: give one of {', '.join(STAGES)}")
 
     def __call__(self, model: Transformer, batch: Batch) -> Loss:
-        watch = Watch(stage=self.stage, index_topk=model.config.index_topk, balances=self.balance_weight > 0)
+        watch = self.watch(model)
+        return self.conclude(model, batch, model.states(batch.inputs, observer=watch), watch)
+
+    def watch(self, model: Transformer) -> Watch:
+        """The observer that `model.states` is to have."""
+        return Watch(stage=self.stage, index_topk=model.config.index_topk, balances=self.balance_weight > 0)
+
+    def conclude(
+        self, model: Transformer, batch: Batch, states: Tensor | None, watch: Watch, *, share: float = 1.0
+    ) -> Loss:
+        """The loss, once the layers have been passed.
+
+        Where a pipeline cuts the model, each stage concludes what it has seen, and the sum over stages is the loss of
+        the whole. states: None for a stage that hands them on. share: this stage's of all indexers that learn.
+        """
         warming = self.stage == "warm-up"
-        states = model.states(batch.inputs, observer=watch)
-        head = model.lm_head.weight
-        hidden_TD = model.finish(states)
-        parts = {"next_token": cross_entropy(hidden_TD, head, batch.targets_T, chunk=self.chunk)}
-        if not warming:
-            for module in range(len(model.mtp)):
-                parts[f"mtp_{module}"], states = self._drafted(model, module, batch, states, watch)
+        parts: dict[str, Tensor] = {}
+        if states is not None:
+            hidden_TD = model.finish(states)
+            parts["next_token"] = cross_entropy(hidden_TD, model.lm_head.weight, batch.targets_T, chunk=self.chunk)
+            if not warming or model.config.is_indexed:  # V3.2's drafting modules have indexers of their own
+                for module in range(len(model.mtp)):
+                    parts[f"mtp_{module}"], states = self._drafted(model, module, batch, states, watch)
         if watch.sequence_losses:
             parts["balance"] = torch.stack(watch.sequence_losses).sum()
         if watch.indexer_losses:
-            parts["indexer"] = torch.stack(watch.indexer_losses).sum() / len(watch.indexer_losses)
+            parts["indexer"] = torch.stack(watch.indexer_losses).sum() * (share / len(watch.indexer_losses))
         total = self._weighed(parts, len(model.mtp), warming)
         shown = {name: part.detach() for name, part in parts.items()}
-        if watch.queries:
-            shown["recall"] = torch.stack(watch.recalls).sum() / watch.queries * batch.num_targets
+        for name, held in watch.shares().items():
+            shown[name] = torch.tensor(held * share * batch.num_targets, device=batch.targets_T.device)
         return Loss(total=total, targets=batch.num_targets, parts=shown, loads=watch.loads)
 
     def _weighed(self, parts: Mapping[str, Tensor], modules: int, warming: bool) -> Tensor:
@@ -124,6 +148,8 @@ class Pretraining:
         if warming:
             # The other parts keep no weight, but stay in the graph: every process must reach every parameter.
             weights = {name: self.indexer_weight if name == "indexer" else 0.0 for name in weights}
+        if not parts:
+            return torch.zeros(())
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
     def _drafted(
@@ -135,8 +161,7 @@ class Pretraining:
         the backbone's, so that places keep their numbers from module to module.
         """
         places_t, following, targets_t = shifted(batch, module + 1)
-        if not places_t.numel():
-            return states.sum() * 0.0, states
+        # Also where no place takes part: all processes must reach the same parameters and count the same layers.
         drafted = model.draft(module, following, states[places_t], observer=watch)
         hidden_tD = model.finish_draft(module, drafted)
         loss = cross_entropy(hidden_tD, model.lm_head.weight, targets_t, chunk=self.chunk)

@@ -29,8 +29,10 @@ LIMIT = 60.0  # seconds
 Result = Mapping[str, Tensor] | None
 
 
-def run(function: Callable[..., Result], count: int, *args: Any) -> list[dict[str, Tensor]]:
+def run(function: Callable[..., Result], count: int, *args: Any, dying: int | None = None) -> list[dict[str, Tensor]]:
     """What `function(rank, *args)` returns in each of `count` processes, by rank; {} for None.
+
+    dying: the process that does not live to return anything.
 
     function: of a module's top level, with arguments that a fresh process can be given. It finds the process group
     ready (gloo), one thread, seed 0, and memory poisoned as in any test. Run a model once in the caller before: native
@@ -38,9 +40,7 @@ def run(function: Callable[..., Result], count: int, *args: Any) -> list[dict[st
     """
     # A server that has torch already makes each process in a moment; it is single-threaded, so forking it is safe.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch.distributed.checkpoint", "torch.distributed.fsdp", "daedal.model.transformer"]
-    )
+    context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp", "tests.train.small_runs"])
     with TemporaryDirectory() as folder:
         directory = Path(folder)
         processes = [
@@ -49,11 +49,11 @@ def run(function: Callable[..., Result], count: int, *args: Any) -> list[dict[st
         try:
             for process in processes:
                 process.start()
-            _wait(processes, directory)
+            _wait(processes, directory, dying)
         finally:
             for process in processes:
                 _end(process)
-        return [load_file(_result(directory, rank)) for rank in range(count)]
+        return [{} if rank == dying else load_file(_result(directory, rank)) for rank in range(count)]
 
 
 def _end(process: BaseProcess) -> None:
@@ -66,7 +66,7 @@ def _end(process: BaseProcess) -> None:
     process.join()
 
 
-def _wait(processes: list[BaseProcess], directory: Path) -> None:
+def _wait(processes: list[BaseProcess], directory: Path, dying: int | None) -> None:
     """Until all are done. AssertionError when one fails, which leaves the others waiting for it, or at the limit."""
     end = time.monotonic() + LIMIT
     waiting = list(processes)
@@ -75,7 +75,8 @@ def _wait(processes: list[BaseProcess], directory: Path) -> None:
         if not ready:
             raise AssertionError(f"{len(waiting)} of {len(processes)} processes still ran after {LIMIT:.0f} seconds")
         waiting = [process for process in waiting if process.sentinel not in ready]
-        if any(process.exitcode for process in processes if process not in waiting):
+        ended = [process for rank, process in enumerate(processes) if process not in waiting and rank != dying]
+        if any(process.exitcode for process in ended):
             # One that failed first may make others fail a moment later: all that is told by now is shown.
             told = [path.read_text(encoding="utf-8") for path in sorted(directory.glob("failure_*"))]
             raise AssertionError("\n".join(told) or "a process ended without a word")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from daedal.config import ModelConfig
 from daedal.model.forward_pass import Attended, Indexed
@@ -108,14 +107,20 @@ def test_in_the_sparse_stage_everything_gets_a_gradient_and_the_next_token_gives
     assert silent == []
 
 
-def test_recall_counts_what_the_best_guesses_hold() -> None:
+def test_recall_counts_how_much_of_the_best_is_guessed_by_those_who_must_choose() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = batch_of(12).inputs
-    rows_SK = torch.randn(12, 6, generator=generator)
-    queries_THK = torch.randn(12, 2, 6, generator=generator) * 3
+    rows_SK = torch.rand(12, 6, generator=generator)  # positive, so that no two scores are cut off to the same zero
+    queries_THK = torch.rand(12, 2, 6, generator=generator) * 3
 
-    def of(q_TIK: Tensor) -> float:
-        seen = Indexed(layer=0, q_TIK=q_TIK, weights_TI=torch.ones(12, 2), keys=FlatRows(rows_SK, (0, 12)), rate=1)
+    def of(weight: float) -> tuple[float, float]:
+        seen = Indexed(
+            layer=0,
+            q_TIK=queries_THK,
+            weights_TI=torch.full((12, 2), weight),
+            keys=FlatRows(rows_SK, (0, 12)),
+            rate=1,
+        )
         attended = Attended(
             layer=0,
             batch=batch,
@@ -129,9 +134,31 @@ def test_recall_counts_what_the_best_guesses_hold() -> None:
             span=0,
         )
         found = lesson(seen, attended, count=3)
-        assert found.queries == 12
-        return float(found.recall) / found.queries
+        assert found.queries == 9, "the first three read all that they see"
+        scores_TS = weight * torch.einsum("tik,sk->ts", queries_THK, rows_SK)
+        shares_TS = torch.einsum("thk,sk->ths", queries_THK, rows_SK)
+        held, recall = 0.0, 0.0
+        for token in range(3, 12):
+            wanted = shares_TS[token, :, : token + 1].softmax(-1).sum(0)
+            guessed, best = (set(row[: token + 1].topk(3).indices.tolist()) for row in (scores_TS[token], wanted))
+            recall += len(guessed & best) / 3
+            held += float(wanted[list(guessed)].sum() / wanted[list(best)].sum())
+        torch.testing.assert_close(float(found.recall), recall)
+        torch.testing.assert_close(float(found.held), held)
+        return recall / 9, held / 9
 
-    like, unlike = of(queries_THK), of(-queries_THK)
-    assert unlike < like <= 1.0
-    assert like > 0.8
+    like, unlike = of(1.0), of(-1.0)
+    assert unlike[0] < like[0]
+    assert unlike[1] < like[1]
+    assert min(like) > 0.7
+
+
+def test_shares_are_told_only_where_attention_reads_everything() -> None:
+    model = model_of("deepseek_v32")
+    batch = batch_of(30, 5)
+    told = Pretraining(stage="warm-up")(model, batch).parts
+    assert 0 < float(told["recall"]) < batch.num_targets
+    assert 0 < float(told["held"]) < batch.num_targets
+    short = Pretraining(stage="warm-up")(model, batch_of(5, 3)).parts
+    assert float(short["recall"]) == 8, "nothing to choose, nothing missed; the names are the same on every process"
+    assert not {"recall", "held"} & Pretraining()(model, batch).parts.keys()

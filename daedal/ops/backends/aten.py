@@ -4,12 +4,13 @@ What it leans on: scaled-dot-product attention that never writes the score matri
 reads each expert once, fused norms, complex multiplication for rotation. It holds no kernel of its own.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daedal.ops.backends.short_attention import LONGEST, short_attention
+from daedal.ops.backends.token_order import Order, combine, dispatch
+from daedal.ops.backends.trained_norm import trained_norm
 from daedal.ops.packed import Packed
 from daedal.ops.registry import REGISTRY
 from daedal.ops.rows import FlatRows, PagedRows, Rows
@@ -22,6 +23,8 @@ SMALL_DECODE_ROWS = 2048
 
 @REGISTRY.register("rms_norm", BACKEND)
 def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    if torch.is_grad_enabled() and x_TD.requires_grad and weight_D is not None and x_TD.device.type == "cpu":
+        return trained_norm(x_TD, weight_D, eps)
     return F.rms_norm(x_TD, x_TD.shape[-1:], None if weight_D is None else weight_D.to(x_TD.dtype), eps)
 
 
@@ -91,7 +94,16 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
     if isinstance(keys, PagedRows) and not isinstance(values, FlatRows) and _is_small_decode(starts, keys):
         return _one_token_each(q_THK, keys, values, scale)
     outputs = []
-    for index, (start, end) in enumerate(pairwise(starts)):
+    index = 0
+    while index < len(starts) - 1:
+        start, end = starts[index], starts[index + 1]
+        alike = _alike(index, starts, keys, values)
+        if alike > (0 if torch.is_grad_enabled() else 1):
+            assert isinstance(keys, FlatRows)
+            assert isinstance(values, FlatRows | int)
+            outputs.append(_whole_sequences(q_THK, starts[index : index + alike + 1], keys, values, scale))
+            index += alike
+            continue
         k_SGK = _heads(keys.sequence(index))
         if isinstance(values, int):
             # The whole row serves as its own value: what lies beyond the value part is cut off afterwards, which costs
@@ -101,6 +113,7 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
             v_SGV = _heads(values.sequence(index))
             value_dim = v_SGV.shape[-1]
         outputs.append(_one_sequence(q_THK[start:end], k_SGK, v_SGV, scale)[..., :value_dim])
+        index += 1
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -124,6 +137,50 @@ def _one_token_each(q_BHK: Tensor, keys: PagedRows, values: PagedRows | int, sca
         q_BGRK, k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2), attn_mask=mask_BS[:, None, None], scale=scale
     )
     return o_BGRV.flatten(1, 2)[..., :value_dim]
+
+
+def _alike(first: int, starts: tuple[int, ...], keys: Rows, values: Rows | int) -> int:
+    """How many sequences from `first` on are whole and equally long, as in training; 0 where rows lie on pages."""
+    if not isinstance(keys, FlatRows) or not isinstance(values, FlatRows | int):
+        return 0
+    length = starts[first + 1] - starts[first]
+    count = 0
+    if not length:
+        return 0
+    for index in range(first, len(starts) - 1):
+        if {starts[index + 1] - starts[index], keys.starts[index + 1] - keys.starts[index]} != {length}:
+            break
+        count += 1
+    return count
+
+
+def _whole_sequences(
+    q_THK: Tensor, starts: tuple[int, ...], keys: FlatRows, values: FlatRows | int, scale: float
+) -> Tensor:
+    """[t, H, V]: one fused call for sequences of one length; keys lie where queries do."""
+    span, shape = slice(starts[0], starts[-1]), (len(starts) - 1, -1)
+    k_SGK = _heads(keys.rows[span])
+    v_SGV = k_SGK if isinstance(values, int) else _heads(values.rows[span])
+    value_dim = values if isinstance(values, int) else v_SGV.shape[-1]
+    if _writes_scores(q_THK, k_SGK, starts[1] - starts[0]):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2).flatten(0, 1) for x in (q_THK[span], k_SGK, v_SGV))
+        o_BHtV: Tensor = short_attention(q, k, v, scale=scale).unflatten(0, shape)
+        return o_BHtV.transpose(1, 2).flatten(0, 1)[..., :value_dim]
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in _same_width(q_THK[span], k_SGK, v_SGV))
+    o_BHtV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o_BHtV.transpose(1, 2).flatten(0, 1)[..., :value_dim]
+
+
+def _writes_scores(q_THK: Tensor, k_SGK: Tensor, length: int) -> bool:
+    """Whether `short_attention` is faster: in training, for bfloat16 on a CPU."""
+    return (
+        torch.is_grad_enabled()
+        and q_THK.requires_grad
+        and q_THK.device.type == "cpu"
+        and q_THK.dtype == torch.bfloat16
+        and q_THK.shape[1] == k_SGK.shape[1]
+        and length <= LONGEST
+    )
 
 
 def _one_sequence(q_tHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, scale: float) -> Tensor:
@@ -193,20 +250,19 @@ def _experts_supports(
 def experts(
     x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, *, limit: float | None
 ) -> Tensor:
-    ids_N = ids_TA.flatten()
-    order_N = ids_N.argsort(stable=True)
-    counts_E = torch.bincount(ids_N, minlength=gate_up_EFD.shape[0])
-    tokens_N = order_N // ids_TA.shape[1]
-    rows_ND = x_TD[tokens_N]
-    if x_TD.device.type == "cpu" and ids_N.shape[0] < gate_up_EFD.shape[0]:
-        result_ND = _few_experts(rows_ND, counts_E.tolist(), gate_up_EFD, down_EDF, limit)
+    num_rows, num_experts = ids_TA.numel(), gate_up_EFD.shape[0]
+    ids_TA, choice_TA = ids_TA.sort(dim=-1, stable=True)  # a token's sum goes by the experts' numbers
+    weights_TA = weights_TA.gather(-1, choice_TA)
+    on_cpu = x_TD.device.type == "cpu"
+    order = Order.of(ids_TA, num_experts, fills=on_cpu and torch.is_grad_enabled())
+    rows_PD = dispatch(x_TD, order)
+    if on_cpu and num_rows < num_experts:
+        counts_E = order.ends_E.diff(prepend=order.ends_E.new_zeros(1))
+        result_PD = _few_experts(rows_PD, counts_E.tolist(), gate_up_EFD, down_EDF, limit)
     else:
-        ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        gate, up = F.grouped_mm(rows_ND, gate_up_EFD.transpose(1, 2), offs=ends_E).chunk(2, -1)
-        result_ND = F.grouped_mm(swiglu(gate, up, limit=limit), down_EDF.transpose(1, 2), offs=ends_E)
-    weighted_ND = result_ND.float() * weights_TA.flatten()[order_N].unsqueeze(-1)
-    total = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_N, weighted_ND)
-    return total.to(x_TD.dtype)
+        gate, up = F.grouped_mm(rows_PD, gate_up_EFD.transpose(1, 2), offs=order.ends_E).chunk(2, -1)
+        result_PD = F.grouped_mm(swiglu(gate, up, limit=limit), down_EDF.transpose(1, 2), offs=order.ends_E)
+    return combine(result_PD, weights_TA, order)
 
 
 def _few_experts(

@@ -143,7 +143,8 @@ def sparse_attention(
         chosen_tA = None if chosen_TA is None else chosen_TA[start:end]
         keys = _Keys(q_THK[start:end], index, past, entries, chosen_tA, window)
         block = keys.block(rate)
-        for first in range(0, num_new, block):
+        # A block of no queries too: gradients of what it would have read are then zero, and not absent.
+        for first in range(0, max(num_new, 1), block):
             last = min(first + block, num_new)
             q_tHK = wide(q_THK[start + first : start + last]) * scale
             parts = keys.parts(first, last, rate, span)
