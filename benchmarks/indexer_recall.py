@@ -1,6 +1,6 @@
 """Whether indexers learn to find what attention looks for: retrieval of marked tokens from far back, stage by stage.
 
-    python benchmarks/indexer_recall.py                      # V3.2 and V4, two minutes
+    python benchmarks/indexer_recall.py                      # V3.2 and V4, two minutes alone
     python benchmarks/indexer_recall.py --families deepseek_v4 --seed 1
 
 The first part of a text holds marked tokens, each of a class and with a value, a few of every class; every token of the
@@ -52,11 +52,11 @@ class Task:
     somewhere in every so many tokens, others fill the rest. asked: queries that follow.
     """
 
-    classes: int = 16
-    values: int = 6
+    classes: int = 8
+    values: int = 4
     repeats: int = 2
     spacing: int = 4
-    asked: int = 96
+    asked: int = 48
     fillers: int = 24
 
     @property
@@ -283,7 +283,7 @@ def circumstances() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["deepseek_v32", "deepseek_v4"])
-    parser.add_argument("--steps", nargs=3, type=int, default=[300, 200, 100], help="of each stage")
+    parser.add_argument("--steps", nargs=3, type=int, default=[300, 200, 50], help="of each stage")
     parser.add_argument("--samples", type=int, default=8, help="texts in each step")
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """What rounding costs a training run: loss curves of one model in FP8, and with experts in FP4, beside bfloat16's.
 
-    python benchmarks/precision_curves.py --text sotu.txt.xz                    # 3 seeds, 320 steps
+    python benchmarks/precision_curves.py --text sotu.txt.xz                    # 3 seeds, 300 steps
     python benchmarks/precision_curves.py --text sotu.txt.xz --plot curves.png  # needs matplotlib
 
 A small V3 (latent attention, routed and shared experts) is trained on real text through shards and batches, from the
@@ -280,11 +280,11 @@ def circumstances() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="a text file, also .xz")
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=8, help=f"of {CONTEXT} tokens in each step")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--window", type=int, default=40, help="steps whose mean is compared")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--window", type=int, default=50, help="steps whose mean is compared")
     parser.add_argument("--arithmetics", nargs="+", default=list(ARITHMETICS), choices=list(ARITHMETICS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--plot", type=Path, help="where to draw the curves")

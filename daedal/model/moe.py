@@ -32,7 +32,7 @@ class GatedMLP(nn.Module):
 
 
 class Router(nn.Module):
-    """x_TD to (ids_TA, weights_TA float32; float64 stays). hashed: experts by the table `tid2eid` [V, A], not by choice.
+    """x_TD to (ids_TA, weights_TA, float32 or float64). hashed: experts by the table `tid2eid` [V, A], not by choice.
 
     layer: the layer's index, by which it names itself to observers.
     """

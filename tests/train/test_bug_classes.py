@@ -1,7 +1,7 @@
 """The kinds of mistakes that trainers of this architecture have had, each as a test of its own, by number.
 
-Numbers 10 and 11's other half (sharded optimisers, empty shards) are with the tests of many processes; number 13, counts
-of FLOPs, is in `tests/cost/test_training_flops.py`. What a mistake would do to the forward pass alone is planted in
+Numbers 10 and 11's other half (sharded optimisers, empty shards) are with the tests of many processes; number 13 is in
+`tests/cost/test_training_flops.py`. What a mistake would do to the forward pass alone is planted in
 `tests/model/test_pitfalls_routing.py`.
 """
 
