@@ -4,6 +4,7 @@ As in `test_pitfalls.py`, a model that equals transformers stands ready, and eac
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,7 +104,12 @@ def test_the_router_is_float32_in_a_bfloat16_model(family: str, monkeypatch: Pat
 def test_hash_layers_go_by_the_tokens_id_and_by_nothing_else(v4: Proven, monkeypatch: Patch) -> None:
     """Whoever hands on embeddings without ids, or ids in another order, breaks the first layers."""
     real = moe.Router.forward
-    monkeypatch.setattr(moe.Router, "forward", lambda self, x, ids: real(self, x, ids.roll(1)))
+
+    def elsewhere(self: moe.Router, x_TD: Tensor, step: ForwardPass) -> tuple[Tensor, Tensor]:
+        batch = replace(step.batch, ids_T=step.batch.ids_T.roll(1))
+        return real(self, x_TD, ForwardPass(self.config, batch, step.cache))
+
+    monkeypatch.setattr(moe.Router, "forward", elsewhere)
     assert v4.is_wrong()
 
 
