@@ -94,7 +94,7 @@ def route(
     scale: float,
     given_TA: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    scores_TE = _scores(logits_TE, scoring)
+    scores_TE = expert_scores(logits_TE, scoring)
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if given_TA is None and method != "greedy" and topk_group < n_group:
         grouped = choice_TE.unflatten(-1, (n_group, -1))
@@ -131,7 +131,8 @@ def experts(
     return total.to(x_TD.dtype)
 
 
-def _scores(logits_TE: Tensor, scoring: str) -> Tensor:
+def expert_scores(logits_TE: Tensor, scoring: str) -> Tensor:
+    """s of `ops.route`, [T, E]."""
     if scoring == "softmax":
         return logits_TE.softmax(-1)
     if scoring == "sigmoid":

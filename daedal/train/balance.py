@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from daedal.model.forward_pass import Routed
 from daedal.model.moe import Router
+from daedal.ops.reference import expert_scores
 
 Loads = Mapping[int, Tensor]  # layer to int64 [E]
 
@@ -42,7 +43,7 @@ def sequence_loss(seen: Routed) -> Tensor:
     f: E / A times the share of a sequence's tokens whose A best scores hold the expert. P: the mean of the expert's
     share in each token's scores. Gradients reach the router through P.
     """
-    scores_TE = _scores(seen)
+    scores_TE = expert_scores(seen.logits_TE, seen.scoring)
     experts = scores_TE.shape[1]
     active = seen.ids_TA.shape[1]
     counts_B = torch.tensor(seen.batch.counts)
@@ -55,15 +56,6 @@ def sequence_loss(seen: Routed) -> Tensor:
     # Both are sums over a sequence's tokens here; one of the two divisions is the mean's own weight.
     loss: Tensor = ((f_BE * p_BE).sum(-1) / counts_B.to(f_BE).clamp_min(1)).sum()
     return loss
-
-
-def _scores(seen: Routed) -> Tensor:
-    if seen.scoring == "softmax":
-        return seen.logits_TE.softmax(-1)
-    if seen.scoring == "sigmoid":
-        return seen.logits_TE.sigmoid()
-    tiny = torch.finfo(seen.logits_TE.dtype).tiny
-    return nn.functional.softplus(seen.logits_TE).clamp_min(tiny).sqrt()
 
 
 def routers(model: nn.Module) -> dict[int, Router]:

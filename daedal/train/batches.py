@@ -74,21 +74,6 @@ class Batch:
             num_bytes=0 if bytes_per_token_V is None else int(bytes_per_token_V[told_T].sum(dtype=np.int64)),
         )
 
-    def targets_ahead(self, depth: int) -> Tensor:
-        """int64 [T]: the target `depth` places further on in the same piece, IGNORED where the piece ends before it.
-
-        Depth 0 is `targets_T`; depth 1 the token after the next, which the first MTP module predicts.
-        """
-        if depth == 0:
-            return self.targets_T
-        device, num_tokens = self.targets_T.device, len(self.targets_T)
-        ends_B = torch.tensor(self.inputs.starts[1:], device=device)
-        counts_B = torch.tensor(self.inputs.counts, device=device)
-        ends_T = torch.repeat_interleave(ends_B, counts_B, output_size=num_tokens)
-        places_T = torch.arange(depth, num_tokens + depth, device=device)
-        ahead_T = self.targets_T[places_T.clamp(max=num_tokens - 1)]
-        return torch.where(places_T < ends_T, ahead_T, IGNORED)
-
     def to(self, device: torch.device | str) -> "Batch":
         """The same on a device."""
         inputs = replace(

@@ -173,17 +173,16 @@ def shifted(batch: Batch, ahead: int) -> tuple[Tensor, RaggedBatch, Tensor]:
 
     The token after a sequence's last input is its last target, so nothing but the batch itself is needed.
     """
-    places, starts, sequences = [], [0], []
+    places, sequences = [], []
     for begin, end in pairwise(batch.inputs.starts):
         kept = max(end - begin - ahead, 0)
         places.append(torch.arange(begin, begin + kept))
         sequences.append(kept)
-    starts = list(accumulate(sequences, initial=0))
     places_t = torch.cat(places).to(batch.targets_T.device) if places else batch.targets_T.new_empty(0)
     following = RaggedBatch(
         ids_T=batch.inputs.ids_T[places_t + ahead],
         positions_T=batch.inputs.positions_T[places_t],
-        starts=tuple(starts),
+        starts=tuple(accumulate(sequences, initial=0)),
         pasts=(0,) * len(sequences),
     )
     targets_t = batch.targets_T[places_t + ahead]

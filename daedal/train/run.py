@@ -34,8 +34,7 @@ from daedal.train.manifest import TRAIN, VALIDATION
 from daedal.train.objective import Pretraining
 from daedal.train.optimizer import OptimizerConfig, Optimizers, groups
 from daedal.train.parallel.layout import Place
-from daedal.train.parallel.pipeline import Pipelined
-from daedal.train.parallel.sharding import Sharded
+from daedal.train.parallel.spread import spread
 from daedal.train.preparation import Prepared
 from daedal.train.processes import ALONE
 from daedal.train.recipe import PLAIN, Plan, Recipe
@@ -72,7 +71,8 @@ class Run:
         self._data = Dataset.open(prepared.shards, split=TRAIN)
         self._data.check(vocab_size=self.config.vocab_size, tokenizer_digest=digest)
         self._held_out = Dataset.open(prepared.shards, split=VALIDATION) if recipe.validation else None
-        self.learner = _learner(_model(self.config, recipe, device), place)
+        model = _model(self.config, recipe, device)
+        self.learner: Learner = Alone(model) if place is None else spread(model, place)
         self.model = self.learner.model
         self.optimizers = Optimizers(
             groups(self.model, self.config),
@@ -229,12 +229,6 @@ def copy_tokenizer(source: Path, target: Path, *, continues: bool) -> None:
         path = target / "tokenizer_config.json"
         described = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": CONTINUES}
         path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _learner(model: Transformer, place: Place | None) -> Learner:
-    if place is None:
-        return Alone(model)
-    return Pipelined(model, place) if place.layout.stages > 1 else Sharded(model, place)
 
 
 def _model(config: ModelConfig, recipe: Recipe, device: torch.device) -> Transformer:

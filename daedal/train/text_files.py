@@ -180,7 +180,7 @@ def _parquet_rows(path: Path, how: Reading) -> Iterator[Row]:
                 how.consumed(size * (number - 1) // total)
     except DataError:
         raise
-    except (ValueError, NotImplementedError) as error:  # pyarrow's own classes are their kin
+    except (ValueError, NotImplementedError) as error:  # what pyarrow raises of a bad file
         raise DataError(f"{path} is no Parquet file, or damaged, from row {number} on ({error}): fetch it again") from (
             error
         )

@@ -24,7 +24,7 @@ from tests.tiny import tiny_model
 MODULES = 2
 
 
-def _with_drafts(oracle: nn.Module, model: Transformer, seed: int) -> tuple[MtpModel, Transformer]:
+def with_drafts(oracle: nn.Module, model: Transformer, seed: int) -> tuple[MtpModel, Transformer]:
     """transformers' modules for the oracle, random, and our model with their weights."""
     oracle.config.num_mtp_layers = MODULES
     oracle.config.mtp_layer_types = ["full_attention"] * MODULES
@@ -47,7 +47,7 @@ def test_v3s_modules_equal_the_oracles(make: Callable[[int], tuple[nn.Module, Tr
     transformers counts the positions of the latter, we of the former: rotation knows only distances.
     """
     oracle, model = make(seed)
-    modules, model = _with_drafts(oracle, model, seed + 1)
+    modules, model = with_drafts(oracle, model, seed + 1)
     ids_1T = random_ids(seed, 1, 90)
     length = 90 - MODULES
     with torch.no_grad():

@@ -20,7 +20,7 @@ from daedal.model.transformer import Transformer
 from daedal.train.batches import Batch
 from daedal.train.objective import Pretraining
 from tests.model.oracles import random_ids, v2_pair, v3_pair, v4_pair, v32_pair
-from tests.model.test_mtp import MODULES, _with_drafts
+from tests.model.test_mtp import MODULES, with_drafts
 from tests.tiny import tiny_model
 
 STEPS = (1e-6, 1e-7, 1e-8)
@@ -86,7 +86,7 @@ def test_documents_in_one_batch_learn_what_transformers_learns_from_each_alone(c
 @pytest.mark.parametrize("where", ["chosen", "reference"])
 def test_drafting_modules_learn_what_those_of_transformers_learn(where: str) -> None:
     oracle, model = v3_pair(0)
-    drafts, model = _with_drafts(oracle, model, 1)
+    drafts, model = with_drafts(oracle, model, 1)
     pieces = _pieces(4, 50, 23)
     batch = Batch.of([piece.numpy() for piece in pieces])
     weight = 0.3

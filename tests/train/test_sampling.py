@@ -157,15 +157,6 @@ def test_no_document_sees_another(dataset: Dataset, family: str) -> None:
             torch.testing.assert_close(packed_TV[start:end], alone_TV, rtol=1e-4, atol=1e-4)
 
 
-def test_targets_ahead_stay_in_their_piece() -> None:
-    batch = Batch.of([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
-    assert batch.targets_ahead(0).tolist() == [2, 3, 4, 6, 8, 9]
-    assert batch.targets_ahead(1).tolist() == [3, 4, IGNORED, IGNORED, 9, IGNORED]
-    assert batch.targets_ahead(2).tolist() == [4, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]
-    assert batch.targets_ahead(9).tolist() == [IGNORED] * 6
-    assert batch.to("cpu").targets_T.dtype == torch.int64
-
-
 def test_only_what_is_to_be_learnt_counts() -> None:
     lengths = np.array([0, 1, 2, 3, 4], dtype=np.uint32)
     batch = Batch.of([[1, 2, 3], [3, 4]], [[True, False, True], [True, False]], bytes_per_token_V=lengths)

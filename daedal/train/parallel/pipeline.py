@@ -78,10 +78,10 @@ class Stage(Transformer):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def share_of_indexers(self, *, drafting: bool) -> float:
-        """Of all layers that have an indexer, those that lie here. drafting: counting those of drafting modules."""
-        here = self._indexers[0] + (self._indexers[2] if drafting and self.is_last else 0)
-        total = self._indexers[1] + (self._indexers[2] if drafting else 0)
+    def share_of_indexers(self) -> float:
+        """Of all layers that have an indexer, drafting modules among them, those that lie here."""
+        here = self._indexers[0] + (self._indexers[2] if self.is_last else 0)
+        total = self._indexers[1] + self._indexers[2]
         return here / total if total else 1.0
 
     def carry(self, batch: RaggedBatch, received: Tensor | None, observer: Observer) -> Tensor:
@@ -132,7 +132,7 @@ class StageLesson(nn.Module):
         stage = self.stage
         watch = objective.watch(stage)
         carried = stage.carry(batch.inputs, received, watch)
-        share = stage.share_of_indexers(drafting=True)
+        share = stage.share_of_indexers()
         states = stage.settled(carried) if stage.is_last else None
         loss = objective.conclude(stage, batch, states, watch, share=share)
         return loss.total, None if stage.is_last else carried, loss
