@@ -27,10 +27,11 @@ class Healing:
     name: of the student in its provenance; "" is that of its directory. trained: roles of what moves, see
     `student.ALL`. share: of the original in the loss, the rest is the true token's; gate: how it falls where the
     original finds that unlikely. rate, warmup, floor: see `Course`. context: tokens of a window; samples: windows of a
-    step; long_context: tokens of a share `long_share` of them, None for none. bias_speed: of experts' correction
-    biases. held_out: files to measure on; without them a share `validation` of the text's documents is held out for it.
-    evaluate_context, evaluate_tokens: windows that are measured, and how many tokens in all; evaluations: how often on
-    the way. precision: what is computed in. saved_dtype: of what is written; None is that of the student's files.
+    step; long_context: tokens of a share `long_share` of them, in whole hundredths, None for none. bias_speed: of
+    experts' correction biases. held_out: files to measure on; without them a share `validation` of the text's documents
+    is held out for it. evaluate_context, evaluate_tokens: windows that are measured, and how many tokens in all;
+    evaluations: how often on the way. precision: what is computed in. saved_dtype: of what is written; None is that of
+    the student's files.
     permission: where the terms of the original's licence do not permit learning from it.
     """
 

@@ -27,7 +27,7 @@ from daedal.distill.healed import WORK, Healed, Healing, finished, write_receipt
 from daedal.distill.held_out import HeldOut
 from daedal.distill.lessons import TaughtBatch, compose
 from daedal.distill.losses import Measure
-from daedal.distill.mixture import Mixture, Windows, shares_of
+from daedal.distill.mixture import Mixture, Source, Turns, Windows, shares_of
 from daedal.distill.objective import Distilling
 from daedal.distill.student import Student
 from daedal.distill.teachers import LocalTeacher, check_vocabulary
@@ -174,16 +174,19 @@ def _data(
 
 
 def _mixture(texts: Sequence[Text], settings: Healing) -> Mixture:
-    """Each text alike, in windows of one length or of two."""
-    lengths = {settings.context: 1.0}
-    if settings.long_context is not None:
-        lengths = {settings.context: 1.0 - settings.long_share, settings.long_context: settings.long_share}
-    sources = tuple(
-        Windows(one.train, name=f"{one.name} {length}", context=length, share=settings.share, teacher=_TEACHER)
-        for length in lengths
-        for one in texts
-    )
-    weights = [weight for weight in lengths.values() for _ in texts]
+    """Each text alike, in windows of one length; with a share of long ones, for which the texts take turns."""
+
+    def windows(context: int) -> tuple[Windows, ...]:
+        return tuple(
+            Windows(one.train, name=f"{one.name} {context}", context=context, share=settings.share, teacher=_TEACHER)
+            for one in texts
+        )
+
+    sources: tuple[Source, ...] = windows(settings.context)
+    weights = [1.0] * len(sources)
+    if settings.long_context is not None and settings.long_share > 0:
+        weights = [1.0 - settings.long_share] * len(sources) + [settings.long_share * len(sources)]
+        sources = (*sources, Turns(windows(settings.long_context)))
     return Mixture(sources=sources, shares=shares_of(weights), seed=settings.seed)
 
 

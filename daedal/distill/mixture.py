@@ -53,6 +53,20 @@ class Windows:
         return Sample(pieces=read, share=self.share, teacher=self.teacher, key=f"{self.name}.{index}")
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Several sources as one, each in its turn, for as long as all of them have a sample."""
+
+    sources: tuple[Source, ...]
+
+    def __len__(self) -> int:
+        return len(self.sources) * min(len(source) for source in self.sources)
+
+    def sample(self, index: int) -> Sample:
+        row, number = divmod(index, len(self.sources))
+        return self.sources[number].sample(row)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mixture:
     """Sources and how many of every `BLOCK` samples come from each; a source repeats, in a new order, when it ends.

@@ -1,8 +1,8 @@
 """Documents to train on, out of files and directories of text, each with its source and its licence.
 
-Reads .txt and .jsonl (also .gz and .xz) and .parquet. A row of JSON lines or Parquet is a document; plain text is cut
-into documents at blank lines (`Source.document_chars`). What a file is and under which licence it may be used is said
-by the caller, else by a `sources.toml` beside the file, else it is "unknown":
+Reads .txt and .jsonl (also .gz and .xz) and .parquet. A row of JSON lines or Parquet is a document, a text or a
+conversation (`messages`); plain text is cut into documents at blank lines (`Source.document_chars`). What a file is and
+under which licence it may be used is said by the caller, else by a `sources.toml` beside it, else it is "unknown":
 
     ["austen.txt.xz"]
     source = "Jane Austen's novels"
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from daedal.errors import DataError
-from daedal.train.text_files import SUFFIXES, Reading, read_rows, reading, suffix
+from daedal.train.text_files import SUFFIXES, TEXT, Messages, Reading, read_rows, reading, suffix
 
 UNKNOWN = "unknown"
 SIDE_FILE = "sources.toml"
@@ -28,12 +28,16 @@ _DOCUMENT_CHARS = 2**15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One text. index: its number in its file, from 0; source: what it comes from, by name; licence: of its use."""
+    """One text. index: its number in its file, from 0; source: what it comes from, by name; licence: of its use.
+
+    messages: of a conversation, whose text is what they say; how they are put together is the tokenizer's chat format.
+    """
 
     text: str
     source: str
     licence: str
     index: int
+    messages: Messages | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +91,28 @@ def read_documents(
         progress(before, sum(sizes))
 
 
-def fingerprint(sources: Iterable[Path | str | Source], *, column: str = "text") -> dict[str, str]:
-    """What decides the documents of these sources, file by file: contents, licence, and how they are read."""
+def fingerprint(
+    sources: Iterable[Path | str | Source], *, column: str = "text", chat_digest: str = ""
+) -> dict[str, str]:
+    """What decides the documents of these sources, file by file: contents, licence, and how they are read.
+
+    chat_digest: of how conversations are written, which files that may hold some depend on.
+    """
     found = {}
     for number, file in enumerate(_files(sources)):
         origin = file.origin
         with reading(file.path), file.path.open("rb") as stream:
             contents = hashlib.file_digest(stream, "sha256").hexdigest()
-        how = (column, origin.source_column, origin.licence_column, origin.document_chars)
+        how: tuple[object, ...] = (column, origin.source_column, origin.licence_column, origin.document_chars)
+        if chat_digest and TEXT not in file.path.suffixes:
+            how = (*how, chat_digest)
         found[f"{number} {file.path.name}"] = f"{contents} {file.name} {file.licence} {how}"
     return found
+
+
+def licence_of(path: Path) -> str:
+    """The licence of a file's use, as the side file says it; UNKNOWN where it does not."""
+    return _side_file(path.parent).get(path.name, {}).get("licence", UNKNOWN)
 
 
 def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -117,6 +133,7 @@ def _documents(file: _File, column: str, consumed: Callable[[int], None]) -> Ite
             source=row.fields[name_column] if name_column else file.name,
             licence=row.fields[licence_column] if licence_column else file.licence,
             index=index,
+            messages=row.messages,
         )
 
 

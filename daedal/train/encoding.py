@@ -1,8 +1,9 @@
 """From documents to ids, many at once, with what a dataset must remember of the tokenizer that made them.
 
 Names of special tokens in a document are text like any other: only the dataset's writer puts a token there that begins
-or ends a document. Tokens that were added to a tokenizer without being called special keep their ids, as they do in
-DeepSeek's. Knows nothing of files of ids (see `shards.py`).
+or ends a document, and the tokenizer's chat format those of a conversation, as the server writes it. Tokens that were
+added to a tokenizer without being called special keep their ids, as they do in DeepSeek's. Knows nothing of files of
+ids (see `shards.py`).
 """
 
 import hashlib
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from daedal.errors import DataError
+from daedal.errors import DataError, TemplateError
+from daedal.text.chat import ChatFormat, TemplateFormat, load_format
 from daedal.text.files import parse_object, read_optional, read_text, token_text
 from daedal.text.tokenizer import Tokenizer
 from daedal.train.documents import Document
@@ -68,14 +70,22 @@ class Encoded:
 
 
 class Encoder:
-    """A checkpoint's tokenizer as the writer of a dataset uses it."""
+    """A checkpoint's tokenizer as the writer of a dataset uses it. chat: how its conversations are written, if at all;
+    names: of its special tokens, which no message may hold."""
 
-    def __init__(self, library: tokenizers.Tokenizer, vocabulary: Vocabulary):
+    def __init__(
+        self,
+        library: tokenizers.Tokenizer,
+        vocabulary: Vocabulary,
+        *,
+        chat: ChatFormat | None = None,
+        names: Sequence[str] = (),
+    ):
         self.vocabulary = vocabulary
         self._library = library
+        self._chat, self._names = chat, names
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True
 
     @classmethod
     def load(cls, directory: Path | str) -> "Encoder":
@@ -94,41 +104,91 @@ class Encoder:
             digest=tokenizer_digest(directory),
             bytes_per_token_V=np.array(lengths, dtype=np.uint32),
         )
-        return cls(library, vocabulary)
+        added = library.get_added_tokens_decoder().values()
+        names = [token.content for token in added if token.special]
+        return cls(library, vocabulary, chat=_chat_format(directory), names=names)
+
+    @property
+    def chat_digest(self) -> str:
+        """Decides how a conversation is written; "" where none can be."""
+        if self._chat is None:
+            return ""
+        source = self._chat.template.source if isinstance(self._chat, TemplateFormat) else self._chat.name
+        return hashlib.sha256(source.encode()).hexdigest()
 
     def encode(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """The documents in order; the library cuts many of them at once, in as many threads as it has."""
         batch: list[Document] = []
-        chars = 0
+        chars, talk = 0, False
         for document in documents:
-            batch.append(document)
-            chars += len(document.text)
-            if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
+            if batch and (len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS or talk != _is_talk(document)):
                 yield from self._encode(batch)
                 batch, chars = [], 0
+            talk = _is_talk(document)
+            batch.append(document)
+            chars += len(document.text)
         yield from self._encode(batch)
 
     def _encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
+        """All of them texts, or all of them conversations."""
+        if not documents:
+            return
+        talk = _is_talk(documents[0])
+        written = [self._written(document) if talk else document.text for document in documents]
+        self._library.encode_special_tokens = not talk
         try:
-            encodings = self._library.encode_batch_fast(
-                [document.text for document in documents], add_special_tokens=False
-            )
+            encodings = self._library.encode_batch_fast(written, add_special_tokens=False)
         except Exception as error:  # the library's only class; a vocabulary without its unknown token raises it
             first = documents[0]
             raise DataError(
                 f"{first.source}, document {first.index} or one of the next {len(documents)}, cannot be tokenised "
                 f"({error}): the tokenizer has no token for it, choose one that knows every byte"
             ) from error
-        for document, encoding in zip(documents, encodings, strict=True):
-            raw = document.text.encode()
+        for document, text, encoding in zip(documents, written, encodings, strict=True):
+            ids_T = np.array(encoding.ids, dtype=np.int64)
             yield Encoded(
-                ids_T=np.array(encoding.ids, dtype=np.int64),
-                num_bytes=len(raw),
-                digest=hashlib.blake2b(raw, digest_size=8).digest(),
+                ids_T=self._unframed(ids_T) if talk else ids_T,
+                num_bytes=len(text.encode()),
+                digest=hashlib.blake2b(text.encode(), digest_size=8).digest(),
                 source=document.source,
                 licence=document.licence,
                 index=document.index,
             )
+
+    def _written(self, document: Document) -> str:
+        """The conversation in the tokenizer's chat format, names of special tokens and all."""
+        place = f"{document.source}, document {document.index},"
+        if self._chat is None:
+            raise DataError(
+                f"{place} is a conversation, and the tokenizer has no chat format: give it a chat_template.jinja, or "
+                "write the conversation as text"
+            )
+        assert document.messages is not None
+        for message in document.messages:
+            for name in self._names:
+                if name in message["content"]:
+                    raise DataError(f"{place} says {name!r}, which is a special token: remove it from the message")
+        try:
+            return self._chat.render(document.messages, add_generation_prompt=False).rstrip()
+        except TemplateError as error:
+            raise DataError(f"{place} cannot be written as a conversation: {error}") from error
+
+    def _unframed(self, ids_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Without the tokens that a dataset's writer puts around every document."""
+        start = int(len(ids_T) > 0 and self.vocabulary.bos_id is not None and ids_T[0] == self.vocabulary.bos_id)
+        end = len(ids_T) - int(len(ids_T) > start and ids_T[-1] == self.vocabulary.eos_id)
+        return ids_T[start:end]
+
+
+def _is_talk(document: Document) -> bool:
+    return document.messages is not None
+
+
+def _chat_format(directory: Path) -> ChatFormat | None:
+    try:
+        return load_format(directory)
+    except TemplateError:
+        return None  # said where the first conversation comes
 
 
 def tokenizer_digest(directory: Path | str) -> str:

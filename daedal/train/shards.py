@@ -67,7 +67,7 @@ def prepare(
         encoder.encode(read_documents(named, column=column, progress=progress)),
         encoder.vocabulary,
         directory,
-        inputs=fingerprint(named, column=column),
+        inputs=fingerprint(named, column=column, chat_digest=encoder.chat_digest),
         validation=validation,
         tokens_per_shard=tokens_per_shard,
         waiting=waiting,

@@ -1,4 +1,5 @@
-"""Rows of text out of one file: plain text or JSON lines, as they are or compressed, or Parquet.
+"""Rows of text out of one file: plain text or JSON lines, as they are or compressed, or Parquet. A row of the last two
+without the column of text may be a conversation, in the column `messages`.
 
 Everything streams: a piece of one file is in memory, never the file. Whatever cannot be text (NUL bytes, invalid UTF-8,
 a lone surrogate, another type) ends in one sentence that names the file and the row, as does a damaged or empty file.
@@ -26,6 +27,8 @@ with suppress(ModuleNotFoundError):
 
 MAX_ROW_BYTES = 2**28
 TEXT, JSON_LINES, PARQUET = ".txt", ".jsonl", ".parquet"
+MESSAGES = "messages"
+Messages = Sequence[Mapping[str, str]]
 _PARQUET_ROWS = 256  # at a time
 _PROGRESS_BYTES = 2**18  # unpacked, between two calls
 _OPENERS: Mapping[str, Callable[[BinaryIO], object]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -35,11 +38,15 @@ SUFFIXES = (*(kind + packed for kind in (TEXT, JSON_LINES) for packed in ("", *_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One text. number: of its first line, or of its row, from 1. fields: the other columns that were asked for."""
+    """One text. number: of its first line, or of its row, from 1. fields: the other columns that were asked for.
+
+    messages: of a conversation, each with `role` and `content`; its text is what they say, one after the other.
+    """
 
     number: int
     text: str
     fields: Mapping[str, str] = field(default_factory=dict)
+    messages: Messages | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +177,9 @@ def _parquet_rows(path: Path, how: Reading) -> Iterator[Row]:
     size, number = path.stat().st_size, 1
     try:
         with parquet.ParquetFile(path) as file:
-            columns = (how.column, *how.others)
-            _require(columns, file.schema_arrow.names, str(path))
+            present = file.schema_arrow.names
+            columns = (_column(how, present), *how.others)
+            _require(columns, present, str(path))
             total = file.metadata.num_rows
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
                 for value in batch.to_pylist():
@@ -187,12 +195,28 @@ def _parquet_rows(path: Path, how: Reading) -> Iterator[Row]:
 
 
 def _row(number: int, value: Mapping[str, object], place: str, how: Reading) -> Row:
-    _require((how.column, *how.others), list(value), place)
-    return Row(
-        number=number,
-        text=_text(value[how.column], how.column, place),
-        fields={name: _text(value[name], name, place) for name in how.others},
-    )
+    column = _column(how, list(value))
+    _require((column, *how.others), list(value), place)
+    fields = {name: _text(value[name], name, place) for name in how.others}
+    if column == how.column:
+        return Row(number=number, text=_text(value[column], column, place), fields=fields)
+    messages = _messages(value[MESSAGES], place)
+    said = "\n\n".join(message["content"] for message in messages)
+    return Row(number=number, text=said, fields=fields, messages=messages)
+
+
+def _column(how: Reading, present: Sequence[str]) -> str:
+    return MESSAGES if how.column not in present and MESSAGES in present else how.column
+
+
+def _messages(value: object, place: str) -> Messages:
+    rule = "it must be a list of objects with the strings `role` and `content`"
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place} has a {type(value).__name__} as {MESSAGES!r}, or none in it: {rule}")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{place} has a message that is not one: {rule}")
+    return [{name: _text(message[name], name, place) for name in ("role", "content")} for message in value]
 
 
 def _require(columns: Sequence[str], present: Sequence[str], place: str) -> None:

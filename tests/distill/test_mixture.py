@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from daedal.distill.lessons import Sample, by_teacher, compose
-from daedal.distill.mixture import BLOCK, Mixture, Windows, shares_of
+from daedal.distill.mixture import BLOCK, Mixture, Turns, Windows, shares_of
 from daedal.errors import ConfigError
 from daedal.train.dataset import Dataset
 from daedal.train.known import MarkovSource
@@ -51,6 +51,12 @@ def test_any_sample_can_be_asked_for_alone() -> None:
     again = Mixture(sources=sources, shares=(50, 50), seed=1)
     assert [again.sample(index).key for index in reversed(range(350))] == keys[::-1]
     assert drawn(Mixture(sources=sources, shares=(50, 50), seed=2), 350) != keys
+
+
+def test_sources_that_take_turns_are_one() -> None:
+    turns = Turns((Numbered("a", 3), Numbered("b", 2)))
+    assert [turns.sample(index).key for index in range(len(turns))] == ["a.0", "b.0", "a.1", "b.1"]
+    assert not len(Turns((Numbered("a", 3), Numbered("b", 0))))
 
 
 def test_windows_cover_a_text_once_and_keep_their_names(tmp_path: Path) -> None:

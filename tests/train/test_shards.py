@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from daedal.errors import DataError
+from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
-from daedal.text.training import train_tokenizer
+from daedal.text.training import EOS, train_tokenizer
 from daedal.train.batches import Batches, bits_per_byte
 from daedal.train.dataset import Dataset
 from daedal.train.documents import Document, Source, read_documents
@@ -110,6 +112,58 @@ def test_names_of_special_tokens_in_a_document_are_text(tokenizer: Path) -> None
     assert min(encoded.ids_T) > 3
     assert reader.decode(encoded.ids_T.tolist()) == names
     assert (encoder.vocabulary.bos_id, encoder.vocabulary.eos_id) == (reader.bos_id, min(reader.eos_ids))
+
+
+CHAT = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def talking(tokenizer: Path, directory: Path, template: str | None) -> Path:
+    """A copy that writes conversations so, or not at all."""
+    shutil.copytree(tokenizer, directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_a_conversation_is_written_as_the_server_writes_it(tokenizer: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so."}]
+    directory = talking(tokenizer, tmp_path / "tokenizer", CHAT)
+    reader = Tokenizer.load(directory)
+    assert reader.bos_id is not None
+    source = tmp_path / "talk.jsonl"
+    named = f"plain {reader.token_text(reader.bos_id)}"
+    source.write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"text": named}) + "\n")
+    prepare([source], directory, tmp_path / "shards")
+    dataset = Dataset.open(tmp_path / "shards")
+    read = [dataset.read(index, 0, length).tolist() for index, length in enumerate(dataset.lengths_N.tolist())]
+    rendered = load_format(directory).render(talk, add_generation_prompt=False)
+    assert read[0] == reader.encode(rendered, add_special_tokens=False)
+    assert read[0].count(reader.bos_id) == 2
+    assert read[1].count(reader.bos_id) == 1  # what begins the document; the name of the token in it is text
+    other = talking(tokenizer, tmp_path / "other", CHAT.replace(": ", " says "))
+    with pytest.raises(DataError, match=r"differs in the input '0 talk\.jsonl'"):
+        prepare([source], other, tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("message", "template", "told"),
+    [
+        ({"role": "user", "content": EOS}, CHAT, "which is a special token"),
+        ({"role": "user"}, CHAT, "a message that is not one"),
+        ({"role": "user", "content": 3}, CHAT, "int as 'content'"),
+        ({"role": "user", "content": "a"}, None, "no chat format"),
+        ({"role": "user", "content": "a"}, "{{ raise_exception('no') }}", "cannot be written as a conversation"),
+    ],
+)
+def test_conversations_that_cannot_be_written_are_named(
+    tokenizer: Path, tmp_path: Path, message: dict[str, object], template: str | None, told: str
+) -> None:
+    directory = talking(tokenizer, tmp_path / "tokenizer", template)
+    source = tmp_path / "talk.jsonl"
+    source.write_text(json.dumps({"messages": [message]}) + "\n")
+    with pytest.raises(DataError, match=told):
+        prepare([source], directory, tmp_path / "shards")
 
 
 def test_held_out_documents_do_not_depend_on_order(tmp_path: Path) -> None:
