@@ -4,12 +4,13 @@ Stock layers always normalise the latent, and keys and values that come by a low
 most of their energy, and dividing every token by its own size shifts all scores. The remedy needs no flag and no bias.
 Channel 0 is a linear function of the layer's normed input that is as near to a constant as there is, 100 times as large
 as the others together; so every token is divided by nearly the same number, which the gains put back, and channel 0,
-after the norm, is exactly constant: the bias of keys and values. Knows no text and no file.
+after the norm, is exactly constant: the bias of keys and values. What is written has weights of one size, so that
+optimisers, which step alike on all of them, can heal it. Knows no text and no file.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,35 @@ class StockRows:
     keys: Tensor
     values: Tensor
     output: Tensor
+
+    def levelled(self) -> "StockRows":
+        """The same function, with factors moved between tensors so that their numbers are about as large as those of
+        queries that are not rotated. All factors are powers of two: no bit of a number but its exponent changes.
+
+        Between queries and keys of each frequency, whose pairs share a factor; over all of the latent, which the norm
+        divides by; and between gains and what reads the latent, where channel 0 stays as it is.
+        """
+        wanted = _size(self.query)
+        queries, keys = self.query_rope.unflatten(1, (2, -1)), self.key_rope.unflatten(0, (2, -1))
+        query_C, key_C = queries.square().mean((0, 1, 3)).sqrt(), keys.square().mean((0, 2)).sqrt()
+        rope_C1 = _powers_of_two((query_C / key_C.clamp_min(1e-300)).sqrt()).unsqueeze(1)
+        wide = _power_of_two(wanted / _size(self.down[1:]))
+        deep = _power_of_two(wanted / _size(torch.cat((self.keys, self.values), 1)[..., 1:]))
+        gain_L = self.gain / deep
+        gain_L[0] = self.gain[0]
+
+        def read(rows_HNL: Tensor) -> Tensor:
+            return torch.cat((rows_HNL[..., :1], rows_HNL[..., 1:] * deep), -1)
+
+        return replace(
+            self,
+            query_rope=(queries / rope_C1).flatten(1, 2),
+            key_rope=(keys * rope_C1).flatten(0, 1),
+            down=self.down * wide,
+            gain=gain_L,
+            keys=read(self.keys),
+            values=read(self.values),
+        )
 
     def slots(self, prefix: str) -> Mapping[str, Tensor]:
         """By the names of `shapes.parameters`; prefix: "layers.3.self_attn."."""
@@ -101,12 +131,21 @@ def normed(split: SplitRows, latent: LatentRows, output: Tensor, statistics: Lay
         keys=behind(latent.keys, latent.key_bias),
         values=behind(latent.values, latent.value_bias),
         output=output,
-    )
+    ).levelled()
 
 
 def _power_of_two(number: float) -> float:
-    """The nearest below: gains that every number format holds exactly."""
-    return 2.0 ** math.floor(math.log2(number))
+    """The nearest below: gains that every number format holds exactly. 1 where there is no number."""
+    return 2.0 ** math.floor(math.log2(number)) if 0 < number < math.inf else 1.0
+
+
+def _powers_of_two(numbers: Tensor) -> Tensor:
+    return torch.tensor([_power_of_two(number) for number in numbers.tolist()], dtype=numbers.dtype)
+
+
+def _size(numbers: Tensor) -> float:
+    """The root mean square."""
+    return float(numbers.square().mean().sqrt())
 
 
 def _interleaved(rows_HRD: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Behind the stock norm: a latent with a constant channel passes it unharmed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,31 @@ def test_the_norm_is_harmless_where_inputs_have_a_constant(family: str) -> None:
     without[0] = 0
     harmed = _stock(model, settings, StockRows(**{**vars(rows), "down": without}), 1)(x_TD, step)
     assert float((harmed - wanted).norm() / wanted.norm()) > 0.3
+
+
+@torch.no_grad()
+def test_levelling_changes_sizes_and_nothing_else() -> None:
+    model, settings = tiny_model("llama"), Settings(kv_dims=20, rope_dims=8)
+    x_TD = torch.randn(30, 48) + 1.0
+    rows, _ = _cut(model, settings, _known(x_TD), 1)
+    channels, pairs = torch.ones(len(rows.gain)).double(), torch.tensor([64.0, 1 / 512, 8.0, 1.0]).repeat(2).double()
+    channels[1:] = 1 / 256
+    skewed = replace(
+        rows,
+        query_rope=rows.query_rope * pairs[:, None],
+        key_rope=rows.key_rope / pairs[:, None],
+        down=rows.down * 4,
+        gain=rows.gain / channels,
+        keys=rows.keys * channels,
+        values=rows.values * channels,
+    )
+    step = ForwardPass(model.config, RaggedBatch.rectangular(torch.zeros(1, 30, dtype=torch.int64)), None)
+    wanted, found = (_stock(model, settings, these, 1)(x_TD, step) for these in (skewed, skewed.levelled()))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    again = skewed.levelled()
+    assert all(torch.equal(getattr(again, name), getattr(rows, name)) for name in ("query_rope", "key_rope", "values"))
+    sizes = [float(x.square().mean().sqrt()) for x in (again.query, again.down[1:], again.values[..., 1:])]
+    assert max(sizes) / min(sizes) < 4
 
 
 def test_gains_are_exact_in_every_format() -> None:
