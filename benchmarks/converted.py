@@ -1,6 +1,6 @@
-"""What converted and healed checkpoints cost in quality: perplexity over the original's, on text that none of them read.
+"""Converted and healed checkpoints beside their original: perplexity over its, on text that none of them read.
 
-    python benchmarks/converted.py smollm2-135m start=OUT/c192 healed=OUT/h192 --held-out LETTERS.txt --held-out CODE.txt
+    python benchmarks/converted.py smollm2-135m start=C192 healed=H192 --held-out LETTERS.txt --held-out CODE.txt
 
 Every checkpoint reads the same windows as the original, in the same arithmetic, at every context; the first is from an
 empty one. A checkpoint may come from anywhere, as long as it has the original's vocabulary. Prints perplexity over the
