@@ -1,15 +1,17 @@
 """Whether indexers learn to find what attention looks for: retrieval of marked tokens from far back, stage by stage.
 
-    python benchmarks/indexer_recall.py                      # V3.2 and V4, two minutes alone
+    python benchmarks/indexer_recall.py                      # V3.2 and V4, a minute and a half alone
     python benchmarks/indexer_recall.py --families deepseek_v4 --seed 1
+    python benchmarks/indexer_recall.py --needed 2           # of the four entries that are read
 
 The first part of a text holds marked tokens, each of a class and with a value, a few of every class; every token of the
 second part asks for a class, and its target is the value of one of the marked tokens of that class. Nothing but these
-tells the answer, and a query may read few entries. A model of one layer first learns with attention that reads
-everything, then its indexer alone, then both with what the indexer chooses. Measured on fresh texts, for queries that
-ask: marked, the share of the marked tokens of the class that are in a chosen entry; recall and held, beside dense
-attention (`train.indexing`); and the losses of reading everything and of reading what is chosen, beside the least that
-is possible. Prints a table, and one JSON line last.
+tells the answer, and a query reads `READ` entries: by default as many as it needs. Where it needs fewer, nothing says
+which of the others attention should prefer, and recall counts those too. A model of one layer first learns with
+attention that reads everything, then its indexer alone, then both with what the indexer chooses. Measured on fresh
+texts, for queries that ask: marked, the share of the marked tokens of the class that are in a chosen entry; recall and
+held, beside dense attention (`train.indexing`); and the losses of reading everything and of reading what is chosen,
+beside the least that is possible. Prints a table, and one JSON line last.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from daedal.train.optimizer import OptimizerConfig, Optimizers, groups
 from daedal.train.schedule import Schedule
 
 STAGES = ("dense", "warm-up", "sparse")
+READ = 4  # entries of a query in the sparse stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,11 @@ class Task:
     somewhere in every so many tokens, others fill the rest. asked: queries that follow.
     """
 
-    classes: int = 8
+    classes: int = 4
     values: int = 4
-    repeats: int = 2
+    repeats: int = READ
     spacing: int = 4
-    asked: int = 48
+    asked: int = 32
     fillers: int = 24
 
     @property
@@ -174,6 +177,7 @@ def make_model(family: str, task: Task, seed: int) -> Transformer:
         "num_experts_per_tok": 2,
         "index_n_heads": 8,
         "index_head_dim": 32,
+        "index_topk": READ,
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
@@ -188,7 +192,6 @@ def make_model(family: str, task: Task, seed: int) -> Transformer:
             "o_groups": 2,
             "o_lora_rank": 32,
             "sliding_window": 8,
-            "index_topk": 8,
             "compress_rope_theta": 160000.0,
         }
     else:
@@ -200,7 +203,6 @@ def make_model(family: str, task: Task, seed: int) -> Transformer:
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 0,
-            "index_topk": 4,
         }
     return initialise(empty(ModelConfig.from_published(published)), seed=seed)
 
@@ -262,12 +264,13 @@ def table(found: Mapping[str, Mapping[str, Found]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["deepseek_v32", "deepseek_v4"])
-    parser.add_argument("--steps", nargs=3, type=int, default=[300, 200, 50], help="of each stage")
-    parser.add_argument("--samples", type=int, default=8, help="texts in each step")
+    parser.add_argument("--steps", nargs=3, type=int, default=[300, 160, 40], help="of each stage")
+    parser.add_argument("--samples", type=int, default=6, help="texts in each step")
+    parser.add_argument("--needed", type=int, default=READ, choices=range(1, READ + 1), help="of the entries read")
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    task, console = Task(), Console(stderr=True, width=120)
+    task, console = Task(repeats=options.needed), Console(stderr=True, width=120)
     steps = dict(zip(STAGES, options.steps, strict=True))
     started = time.perf_counter()
     found: dict[str, dict[str, Found]] = {}

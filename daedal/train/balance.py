@@ -2,8 +2,8 @@
 
 A layer's load is how many tokens chose each expert, summed over everything that one optimiser step learns from: all
 micro-batches, all processes, drafting modules included, evaluation and recomputation not. After the step each expert's
-correction bias moves by a fixed speed towards the mean load (V3, section 2.1.2; V4, section 2.1). The sequence-wise
-loss is the small complementary one of V3, equations 17 to 20.
+correction bias moves by a speed towards the mean load, whatever the distance (V3, section 2.1.2; V4, section 2.1). The
+sequence-wise loss is the small complementary one of V3, equations 17 to 20.
 """
 
 from collections.abc import Mapping

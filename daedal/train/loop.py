@@ -18,6 +18,7 @@ from daedal.train.bounds import number
 from daedal.train.learner import Alone, Learner, Objective, Sums
 from daedal.train.optimizer import Optimizers
 from daedal.train.processes import lost
+from daedal.train.schedule import Schedule
 
 
 class TrainingError(DaedalError):
@@ -27,15 +28,20 @@ class TrainingError(DaedalError):
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """clip: the largest norm of all gradients together; larger ones are scaled down to it. bias_speed: how far a step
-    moves the correction bias of an expert, 0 for not at all.
+    moves the correction bias of an expert, 0 for not at all. bias_schedule: factors on it, None for 1 in every step.
     """
 
     clip: float = 1.0
     bias_speed: float = 1e-3
+    bias_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         number("clip", self.clip, low=0.0, high=1e9, above=True)
         number("bias_speed", self.bias_speed, low=0.0, high=1.0)
+
+    def bias_speed_at(self, step: int) -> float:
+        """How far step `step`, counted from 0, moves a correction bias."""
+        return self.bias_speed if self.bias_schedule is None else self.bias_speed * self.bias_schedule.at(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +123,8 @@ def _step(
     _check_finite(step, sums.parts, norm)
     optimizers.step(step)
     optimizers.zero_grad()
-    if config.bias_speed:
-        update_biases(learner.model, sums.loads, speed=config.bias_speed)
+    if speed := config.bias_speed_at(step):
+        update_biases(learner.model, sums.loads, speed=speed)
     return sums, norm
 
 

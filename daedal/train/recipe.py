@@ -24,6 +24,8 @@ FAMILIES = ("deepseek_v3", "deepseek_v4")
 PLAIN = ("float32", "bfloat16")
 LARGEST = 48
 _TOKENS_PER_PARAMETER = 20  # Chinchilla (arXiv 2203.15556)
+_PUBLISHED_BIAS_SPEED = 1e-3  # V3, section 4.2; V4
+_BIAS_REACH = 3.0  # score, which is what biases are added to: peak speed x steps of a short run
 _STAGES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {"deepseek_v3": {"dense": 1.0}, "deepseek_v4": {"dense": 0.2, "warm-up": 0.02, "sparse": 0.78}}
 )
@@ -36,10 +38,11 @@ class Recipe:
     text: files or directories of documents, `column` of JSON lines and Parquet. validation: the share of documents that
     is held out. tokenizer: a directory with tokenizer.json; None trains one on the text. heads, experts, active,
     expert_width: of attention, and of each layer's routed experts. context: tokens of a sample. rate: the peak learning
-    rate. batch: tokens of an optimiser step, over all processes. tokens: of the whole run. warmup: steps. precision:
-    "bfloat16", "float32", a preset of `train.precision`, or "auto" for what the device multiplies best. stages: shares
-    of the run, see `objective.Pretraining`. mtp: drafting modules. expert_processes: that share
-    the experts of a layer. pipeline_stages: that layers are cut into. micro_tokens: of one forward pass at most.
+    rate. batch: tokens of an optimiser step, over all processes. tokens: of the whole run. warmup: steps. bias_speed:
+    how far a step at the peak rate moves an expert's correction bias; it falls as the rate does. precision: "bfloat16",
+    "float32", a preset of `train.precision`, or "auto" for what the device multiplies best. stages: shares of the run,
+    see `objective.Pretraining`. mtp: drafting modules. expert_processes: that share the experts of a layer.
+    pipeline_stages: that layers are cut into. micro_tokens: of one forward pass at most.
     recompute: layers keep their inputs only. evaluate_every, save_every: steps. evaluate_tokens: of the held-out text,
     while the run goes on. changes: further fields of config.json, as published. saved_dtype: of the finished model.
     prompt: what the finished model is to continue, "" for nothing.
@@ -68,7 +71,7 @@ class Recipe:
     floor: float = 0.0
     weight_decay: float = 0.1
     clip: float = 1.0
-    bias_speed: float = 1e-3
+    bias_speed: float | None = None
     mtp: int = 1
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
@@ -102,6 +105,8 @@ class Recipe:
                 whole(name, getattr(self, name), low=0, high=high)
         if self.rate is not None:
             number("rate", self.rate, low=0.0, high=1e3, above=True)
+        if self.bias_speed is not None:
+            number("bias_speed", self.bias_speed, low=0.0, high=1.0)
         number("validation", self.validation, low=0.0, high=0.5)
         number("decay_share", self.decay_share, low=0.0, high=1.0, above=True)
         for name in ("mtp_weight", "balance_weight", "weight_decay"):
@@ -205,6 +210,7 @@ class Recipe:
             micro_samples=max(1, self.micro_tokens // context),
             steps=steps,
             rate=self.rate or _best_rate(compute),
+            bias_speed=best_bias_speed(steps) if self.bias_speed is None else self.bias_speed,
             schedule=self._schedule(steps, warmup),
             flops_per_token=flops,
             evaluate_every=self.evaluate_every or max(1, steps // 8),
@@ -236,6 +242,7 @@ class Plan:
     micro_samples: int
     steps: int
     rate: float
+    bias_speed: float
     schedule: Schedule
     flops_per_token: int
     evaluate_every: int
@@ -321,6 +328,13 @@ def _best_rate(compute: float) -> float:
 def _best_batch(compute: float) -> float:
     """Tokens of a step, from the same fit."""
     return 0.2920 * math.pow(compute, 0.3271)
+
+
+def best_bias_speed(steps: int) -> float:
+    """V3's 0.001, or what a run of so few steps needs: biases have to get past the spread of the scores, a few tenths,
+    in its first tenth (docs/training.md has the measurements).
+    """
+    return max(_PUBLISHED_BIAS_SPEED, min(1.0, _BIAS_REACH / steps))
 
 
 def _power_of_two(value: float) -> int:

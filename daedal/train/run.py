@@ -129,7 +129,7 @@ class Run:
                 islice(steps, stop - self.step),
                 self._objective(stage),
                 self.optimizers,
-                config=LoopConfig(clip=recipe.clip, bias_speed=recipe.bias_speed),
+                config=LoopConfig(clip=recipe.clip, bias_speed=plan.bias_speed, bias_schedule=plan.schedule),
                 start_step=self.step,
                 learner=self.learner,
             ):

@@ -76,6 +76,20 @@ def test_a_source_of_known_entropy_is_learnt_to_within_two_percent(family: str, 
     assert fresh_loss(model, tmp_path / "data") == pytest.approx(source.entropy, rel=0.02)
 
 
+def test_biases_balance_experts_on_skewed_text_as_cheaply_as_a_loss(bench: Any, tmp_path: Path) -> None:
+    """One seed of five; the script has them all, other ways and another source."""
+    script = bench("expert_balance")
+    span, source = script.Span(steps=100, samples=8, rate=1e-2), script.make_source("zipf", 0)
+    write_shards(source.documents(100 * 8 * script.CONTEXT), source.vocabulary, tmp_path / "data", validation=0.1)
+    found = {}
+    for way in (script.OURS, script.THEIRS):
+        model = script.make_model("deepseek_v3", 1, source.size, 0)
+        found[way] = script.run(script.WAYS[way], model, tmp_path / "data", span, seed=0)
+    assert found[script.OURS].unread < script.GOAL, "2.7 where no bias moves"
+    assert found[script.OURS].idle == 0
+    assert found[script.OURS].excess < found[script.THEIRS].excess + 0.005
+
+
 @pytest.mark.parametrize("family", ["deepseek_v32", "deepseek_v4"])
 def test_indexers_alone_come_closer_to_what_attention_looks_for(family: str) -> None:
     """In the warm-up, on one batch: nothing else moves. That they find what a task needs is shown by the script."""
@@ -112,3 +126,16 @@ def test_the_task_is_what_it_says(bench: Any) -> None:
             answer = int(targets_BT[text, task.told + query]) - first_query - task.classes
             assert answer in {token % task.values for token in marked}
     assert 0 < texts.floor < np.log(task.repeats)
+
+
+def test_an_indexer_finds_the_entries_that_attention_needs(bench: Any) -> None:
+    """Every query needs as many entries as it may read: recall is of all of these, beside dense attention."""
+    script = bench("indexer_recall")
+    task, steps = script.Task(classes=2, asked=16), {"dense": 120, "warm-up": 60, "sparse": 10}
+    model = script.make_model("deepseek_v32", task, 0)
+    assert task.repeats == model.config.index_topk == 4 < task.told
+    found = dict(script.learn(model, task, steps, samples=6, rate=1e-2, seed=0))
+    assert found["dense"].excess_reading_all < 0.2 < 0.8 < found["dense"].excess_reading_chosen
+    assert found["dense"].recall < 0.5
+    assert min(found["warm-up"].recall, found["sparse"].recall) > 0.95
+    assert found["sparse"].excess_reading_chosen < 0.25

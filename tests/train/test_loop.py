@@ -113,3 +113,19 @@ def test_every_family_learns_one_batch_by_heart(family: str) -> None:
     reports = list(train(model, repeated(batch, 40), Pretraining(), optimizers(model, 1e-2, 40), config=LoopConfig()))
     assert reports[0].loss > 5.5
     assert reports[-1].loss < 0.4 * reports[0].loss
+
+
+def test_biases_move_at_the_speed_of_their_step() -> None:
+    model = model_of("deepseek_v3")
+    config = LoopConfig(bias_speed=0.5, bias_schedule=Schedule(steps=3, decay="linear", floor=0.0))
+    biases = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("correction_bias")}
+    before = {name: tensor.clone() for name, tensor in biases.items()}
+    steps = [(Batch.of(pieces(2, seed=seed)),) for seed in range(3)]
+    for report in train(model, steps, Pretraining(), optimizers(model), config=config):
+        speed = 0.5 * (2 - report.step) / 3
+        for name, tensor in biases.items():
+            moved_E = (tensor - before[name]).abs()
+            torch.testing.assert_close(moved_E[moved_E > 1e-6], torch.full_like(moved_E, speed)[moved_E > 1e-6])
+            assert bool(moved_E.any()) == (report.step < 2)
+            before[name].copy_(tensor)
+    assert {LoopConfig(bias_speed=0.25).bias_speed_at(step) for step in (0, 10**6)} == {0.25}

@@ -112,10 +112,23 @@ def test_micro_batches_are_as_few_as_fit() -> None:
     assert [plan.micro_batches(count) for count in (1, 2, 4, 12)] == [3, 2, 1, 1]
 
 
+def test_biases_are_as_fast_as_published_and_faster_where_a_run_is_too_short_for_that() -> None:
+    def speed(steps: int, **settings: float) -> float:
+        recipe = Recipe(size=2, context=64, batch=64, tokens=64 * steps, **settings)  # type: ignore[arg-type]
+        return recipe.plan(config_of(recipe)).bias_speed
+
+    assert speed(10**6) == speed(3000) == 1e-3
+    assert speed(300) == pytest.approx(1e-2)
+    assert speed(1) == 1.0
+    assert speed(300, bias_speed=0.0) == 0.0
+    with pytest.raises(ConfigError, match=r"`bias_speed` is 2"):
+        Recipe(size=2, bias_speed=2.0)
+
+
 def test_every_field_is_described() -> None:
     described = Recipe.__doc__ or ""
     unsaid = {"size", "text", "family", "width", "layers", "decay", "floor", "clip", "seed", "keep", "vocabulary"}
-    plain = {"weight_decay", "mtp_weight", "balance_weight", "bias_speed", "decay_share"}
+    plain = {"weight_decay", "mtp_weight", "balance_weight", "decay_share"}
     assert {item.name for item in fields(Recipe) if item.name not in described} <= unsaid | plain
 
 
