@@ -1,6 +1,7 @@
 """`daedal doctor`: what silicon is here, which implementation of each op was chosen and why, and where things are kept.
 
-Reports and changes nothing. Why a backend declines is the backend's own sentence, read through `ops.explain`.
+Reports and changes nothing. Why a backend declines is the backend's own sentence, read through `ops.explain`. What
+was chosen for each op is run once beside the reference, and a wrong result ends the command.
 """
 
 import json
@@ -20,6 +21,7 @@ from rich.table import Table
 from daedal import __version__
 from daedal.cli.op_samples import samples
 from daedal.cli.precision import choose_dtype, cpu_capabilities
+from daedal.cli.silicon_plan import OpChoice, Silicon, described, show_ops, show_plan, show_silicon
 from daedal.cli.units import in_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ NOTABLE_FEATURES = (
     "sme",
 )
 
+SEED = 1  # of the self-check's numbers
+
 NATIVE_LEVELS = {
     "amx": "AVX-512 with bfloat16, VNNI and the matrix unit (AMX)",
     "avx512": "AVX-512 with bfloat16 and VNNI; without a matrix unit prompts are read several times slower",
@@ -52,13 +56,12 @@ NATIVE_LEVELS = {
 }
 
 
-class OpChoice(TypedDict):
-    """One backend for one op."""
+class Checked(TypedDict):
+    """The backend that runs an op, and its largest error as a share of the result's largest number."""
 
     op: str
     backend: str
-    chosen: bool
-    reason: str
+    error: float
 
 
 class Diagnosis(TypedDict):
@@ -75,7 +78,9 @@ class Diagnosis(TypedDict):
     dtype_reason: str
     cpu_features: list[str]
     native_kernels: str
+    silicon: Silicon
     ops: list[OpChoice]
+    checked: list[Checked]
     variables: dict[str, str | None]
     cache: str
     cache_free_bytes: int
@@ -85,8 +90,13 @@ class Diagnosis(TypedDict):
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="CHIP", help="Plan for a chip that is not here: h200, mi300x, ascend-910c.")
+    ] = None,
 ) -> None:
     """Say what this machine has, and what Daedal chose for it."""
+    if profile is not None:
+        return show_plan(profile, Console(), as_json=as_json)
     found = diagnose()
     _show(found, Console())
     if as_json:
@@ -98,6 +108,7 @@ def diagnose() -> Diagnosis:
     import torch
 
     from daedal.checkpoint.load import resolve_device
+    from daedal.ops import silicon
     from daedal.places import cache_directory
 
     device = resolve_device("auto")
@@ -116,7 +127,9 @@ def diagnose() -> Diagnosis:
         dtype_reason=precision.reason,
         cpu_features=[name for name in NOTABLE_FEATURES if capabilities.get(name)],
         native_kernels=_native_kernels(),
+        silicon=described(silicon.of(device)),
         ops=op_choices(device, precision.dtype),
+        checked=self_check(device, precision.dtype),
         variables={name: os.environ.get(name) for name in VARIABLES},
         cache=str(cache),
         cache_free_bytes=_free_bytes(cache),
@@ -132,15 +145,34 @@ def op_choices(device: "torch.device", dtype: "torch.dtype") -> list[OpChoice]:
     import torch
 
     from daedal import ops
-    from daedal.ops.backends.cpu.program import missing
 
     choices: list[OpChoice] = []
     with torch.no_grad():
-        weights = "int8" if device.type == "cpu" and missing() is None else None
-        for op, (arguments, keywords) in samples(device, dtype, weights).items():
+        for op, (arguments, keywords) in samples(device, dtype, _weights(device)).items():
             for choice in ops.explain(op, *arguments, **keywords):
                 choices.append(OpChoice(op=op, backend=choice.backend, chosen=choice.chosen, reason=choice.reason))
     return choices
+
+
+def self_check(device: "torch.device", dtype: "torch.dtype") -> list[Checked]:
+    """Runs every op once as a decode step would, and on the reference; BackendError where a result is wrong."""
+    import torch
+
+    from daedal.ops.self_check import check
+
+    checked: list[Checked] = []
+    with torch.no_grad():
+        for op in samples(device, dtype):
+            backend, error = check(op, lambda op=op: samples(device, dtype, _weights(device), SEED)[op])  # type: ignore[misc]
+            checked.append(Checked(op=op, backend=backend, error=error))
+    return checked
+
+
+def _weights(device: "torch.device") -> str | None:
+    """The format of weights in which `serve` holds them there."""
+    from daedal.ops.backends.cpu.program import missing
+
+    return "int8" if device.type == "cpu" and missing() is None else None
 
 
 def _native_kernels() -> str:
@@ -206,13 +238,13 @@ def _show(found: Diagnosis, console: Console) -> None:
             ("chosen", f"{found['device']} in {found['dtype']}: {found['dtype_reason']}"),
         ],
     )
-    ops = Table(title="ops, for a decode step", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("op", "backend", "", "reason"):
-        ops.add_column(column)
-    for choice in found["ops"]:
-        mark, style = ("chosen", "bold") if choice["chosen"] else ("", "dim")
-        ops.add_row(choice["op"], choice["backend"], mark, choice["reason"], style=style)
-    console.print(ops)
+    show_silicon(found["silicon"], console)
+    show_ops("ops, for a decode step", found["ops"], console)
+    worst = max(found["checked"], key=lambda one: one["error"])
+    console.print(
+        f"  self-check: {len(found['checked'])} ops agree with the reference; the largest error is "
+        f"{worst['error']:.2g} of a result's largest number ({worst['op']} on {worst['backend']})\n"
+    )
     _pairs(
         console,
         "variables",

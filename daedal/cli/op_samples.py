@@ -1,7 +1,7 @@
 """One decode step's tensors for every op, so that `daedal doctor` can ask which backend would run them.
 
 Small, but with the proportions of DeepSeek's models, because backends choose by dtype, device and shape. The values
-mean nothing. Imports torch when asked.
+are zeros, or drawn for a self-check. Imports torch when asked.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,24 @@ TOKENS, HIDDEN, HEADS, LATENT, ROTATED, EXPERTS, ACTIVE, WIDTH = 2, 256, 4, 128,
 PAST, SPAN, RATE, CHOSEN, STREAMS, GROUPS = 127, 32, 4, 8, 4, 2
 
 
-def samples(device: "torch.device", dtype: "torch.dtype", weights: str | None = None) -> dict[str, Call]:
-    """Arguments and keyword arguments by the name of the op. weights: a packed format, None for plain matrices."""
+def samples(
+    device: "torch.device", dtype: "torch.dtype", weights: str | None = None, seed: int | None = None
+) -> dict[str, Call]:
+    """Arguments and keyword arguments by the name of the op. weights: "int8", packed, or None for plain matrices. seed:
+    of normal numbers; None for zeros.
+    """
     import torch
 
     from daedal.ops import FlatRows, Packed
-    from daedal.ops.packed import packed_bytes
+    from daedal.ops.integers import quantise_int8
+    from daedal.ops.packed import pack
+
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def zeros(*shape: int, of: "torch.dtype" = dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=of, device=device)
+        if generator is None:
+            return torch.zeros(shape, dtype=of, device=device)
+        return torch.randn(shape, generator=generator).to(device, of)
 
     def rows(count: int, dim: int) -> FlatRows:
         """So many for each token, which is a sequence of its own."""
@@ -38,7 +47,7 @@ def samples(device: "torch.device", dtype: "torch.dtype", weights: str | None = 
     def matrix(*shape: int) -> "torch.Tensor | Packed":
         if weights is None:
             return zeros(*shape)
-        return Packed(torch.zeros(packed_bytes(weights, shape), dtype=torch.uint8), weights, shape)
+        return pack(weights, *quantise_int8(zeros(*shape, of=torch.float32)))
 
     x_TD, angles_TC = zeros(TOKENS, HIDDEN), zeros(TOKENS, ROTATED // 2, of=torch.float32)
     latents = rows(1, LATENT + ROTATED)

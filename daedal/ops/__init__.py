@@ -20,6 +20,7 @@ from daedal.ops.rings import Lasting, RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Pages, Rows
 
 explain = REGISTRY.explain
+plan = REGISTRY.plan
 using = REGISTRY.using
 
 
@@ -339,6 +340,7 @@ from daedal.ops.backends import aten  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_sparse  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_scaled  # noqa: E402, F401  isort: skip
+from daedal.ops.backends import triton as _triton  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import cublas  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import attention as _attention  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import compress as _compress  # noqa: E402, F401  isort: skip
@@ -376,6 +378,7 @@ __all__ = [
     "keep_in_ring",
     "keep_on_pages",
     "linear",
+    "plan",
     "pool_groups",
     "rms_norm",
     "rotary",

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from daedal.ops import formats
-from daedal.ops.packed import FORMATS, ZERO_STEPS
+from daedal.ops.packed import ZERO_STEPS
+from daedal.packed import FORMATS
 
 BLOCK = FORMATS["int8"].group
 

@@ -3,8 +3,8 @@
 A matrix [N, K] is cut into panels of 16 rows. A panel holds its codes, then its scales, then its zero points, and ends
 on a multiple of 64 bytes; rows and columns that pad it are zero. Codes lie in runs of 4 bytes per row, row after row,
 so that one 64-byte vector holds the next few columns of all 16 rows: what a dot-product instruction wants as it is, and
-a matrix unit as a tile. This file defines the order, in plain PyTorch; kernels are held to it by tests. How numbers
-become codes is the business of `formats` and `integers`.
+a matrix unit as a tile. This file defines the order, in plain PyTorch; kernels are held to it by tests. Sizes are facts
+of `daedal.packed`; how numbers become codes is the business of `formats` and `integers`.
 
 | format | codes | scale | columns per scale |
 |---|---|---|---|
@@ -15,42 +15,15 @@ become codes is the business of `formats` and `integers`.
 | fp4 | e2m1 (V4, section 3.4) | e8m0 | 32 |
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from daedal.ops import formats
+from daedal.packed import FORMATS, PANEL, Format, padded_columns, panel_bytes
 
-PANEL = 16
-LINE = 64  # bytes: panels start on multiples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """bits: of a code. group: columns that share a scale; columns are padded to a multiple. scale, zero: bytes of them
-    per row and group; `shared` scales stand once for the panel.
-    """
-
-    bits: int
-    group: int
-    scale: int = 0
-    zero: int = 0
-    shared: bool = False
-
-
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        "bf16": Format(bits=16, group=32),
-        "int8": Format(bits=8, group=64, scale=2),
-        "int4": Format(bits=4, group=32, scale=2, zero=1),
-        "fp8": Format(bits=8, group=128, scale=4, shared=True),
-        "fp4": Format(bits=4, group=32, scale=1),
-    }
-)
 ZERO_STEPS = 16  # of an int4 zero point, per code
 
 # FP8 kernels widen the even and the odd bytes of a run apart, so columns 1 and 2 change places.
@@ -125,28 +98,6 @@ class Packed:
     def stacked(self, *leading: int) -> "Packed":
         """The same matrices under other leading sizes."""
         return replace(self, shape=(*leading, *self.shape[-2:]))
-
-
-def padded_columns(name: str, columns: int) -> int:
-    group = FORMATS[name].group
-    return -(-columns // group) * group
-
-
-def panel_bytes(name: str, columns: int) -> int:
-    """Bytes from one panel to the next."""
-    form, padded = FORMATS[name], padded_columns(name, columns)
-    rows = 1 if form.shared else PANEL
-    nbytes = PANEL * padded * form.bits // 8 + padded // form.group * (rows * form.scale + PANEL * form.zero)
-    return -(-nbytes // LINE) * LINE
-
-
-def packed_bytes(name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of `Packed.data` for a matrix or a stack of this shape."""
-    *leading, rows, columns = shape
-    count = 1
-    for size in leading:
-        count *= size
-    return count * -(-rows // PANEL) * panel_bytes(name, columns)
 
 
 def pack(

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from daedal.ops.formats import FP8
+from daedal.shapes import EIGHT_BIT_GROUP, eight_bit_row
 
-GROUP = 64  # codes that share a scale
+GROUP = EIGHT_BIT_GROUP  # codes that share a scale
 NAN = 255  # a scale that makes its group NaN; a row of such bytes is NaN throughout
 _LEAST = 10  # 2^-117
 _OVER = 8  # 448 is 1.75 * 2^8
@@ -46,8 +47,7 @@ class PackedRows:
     @property
     def nbytes(self) -> int:
         """Bytes of a row."""
-        used = 2 * self.exact + self.width + self.groups
-        return used + used % 2
+        return eight_bit_row(self.width, self.exact)
 
     def pack(self, rows: Tensor) -> Tensor:
         """uint8 [..., nbytes] from numbers [..., width + exact] of any floating-point dtype."""

@@ -8,7 +8,7 @@ able. Knows no op by name.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ class Registry:
     def __init__(self, environment: str | None = None):
         self._candidates: dict[str, list[Candidate]] = {}
         self._absent: dict[str, str] = {}
+        self._known: dict[str, list[Candidate]] = {}
         self._forced: ContextVar[str | None] = ContextVar("forced_backend", default=environment or None)
 
     def register(self, op: str, backend: str, *, supports: Predicate | None = None) -> Callable[[F], F]:
@@ -57,13 +58,18 @@ class Registry:
             known = self._candidates.setdefault(op, [])
             assert all(candidate.backend != backend for candidate in known), f"{backend} registers {op} twice"
             known.insert(0, Candidate(backend, function, supports or _always))
+            self._known.setdefault(op, []).insert(0, known[0])
             return function
 
         return add
 
-    def absent(self, backend: str, reason: str) -> None:
-        """Notes that a backend that Daedal knows of cannot run here, and why."""
+    def absent(self, backend: str, reason: str, predicates: Mapping[str, Predicate]) -> None:
+        """Notes that a backend that Daedal knows of cannot run here, and why. predicates: of the ops that it has, for
+        `plan`, which prefers them to those registered before.
+        """
         self._absent[backend] = reason
+        for op, supports in predicates.items():
+            self._known.setdefault(op, []).insert(0, Candidate(backend, _never, supports))
 
     def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
         """Runs `op` on the first backend that accepts these arguments."""
@@ -87,10 +93,19 @@ class Registry:
 
     def explain(self, op: str, *args: Any, **kwargs: Any) -> list[Choice]:
         """For each backend of `op`, whether these arguments would run on it, and the reason."""
+        choices = self._judge(op, self._candidates[op], *args, **kwargs)
+        missing = (candidate.backend for candidate in self._known[op] if candidate.backend in self._absent)
+        return choices + [Choice(op, backend, False, f"absent: {self._absent[backend]}") for backend in missing]
+
+    def plan(self, op: str, *args: Any, **kwargs: Any) -> list[Choice]:
+        """As `explain`, as if the backends that are absent were here: for another machine than this one."""
+        return self._judge(op, self._known[op], *args, **kwargs)
+
+    def _judge(self, op: str, candidates: list[Candidate], *args: Any, **kwargs: Any) -> list[Choice]:
         forced = self._forced.get()
-        lacking = forced is not None and all(candidate.backend != forced for candidate in self._candidates[op])
+        lacking = forced is not None and all(candidate.backend != forced for candidate in candidates)
         choices: list[Choice] = []
-        for candidate in self._candidates[op]:
+        for candidate in candidates:
             declined = candidate.supports(*args, **kwargs)
             earlier = next((choice.backend for choice in choices if choice.chosen), None)
             if declined is not None:
@@ -104,7 +119,6 @@ class Registry:
             else:
                 reason = "forced" if forced is not None else "the fastest that supports these tensors"
                 choices.append(Choice(op, candidate.backend, True, reason))
-        choices.extend(Choice(op, backend, False, f"absent: {why}") for backend, why in self._absent.items())
         return choices
 
     @property
@@ -156,6 +170,10 @@ class Registry:
 
 def _always(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def _never(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("an absent backend was called")
 
 
 REGISTRY = Registry(os.environ.get("DAEDAL_OPS"))

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from daedal.layouts import FP4_GROUP
 from daedal.ops import formats, integers
-from daedal.ops.packed import FORMATS, ZERO_STEPS
+from daedal.ops.packed import ZERO_STEPS
+from daedal.packed import FORMATS
 
 # Added to the diagonals of H and G, as a share of their means. Large, because sums over some thousand tokens must serve
 # texts of other kinds: with 0.01 the calibration text gains more and all others less (docs/log.md, 2026-11-22).

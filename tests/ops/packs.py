@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from daedal.ops import packed
-from daedal.ops.packed import FORMATS, PANEL, Packed
+from daedal.ops.packed import Packed
+from daedal.packed import FORMATS, PANEL
 
 
 def random_packed(name: str, *shape: int) -> Packed:

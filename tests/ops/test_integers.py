@@ -6,7 +6,8 @@ from torch import Tensor
 
 from daedal.errors import CheckpointError
 from daedal.ops.integers import BLOCK, quantise_int4, quantise_int8, quantise_int8_blocks
-from daedal.ops.packed import FORMATS, ZERO_STEPS, Packed, pack
+from daedal.ops.packed import ZERO_STEPS, Packed, pack
+from daedal.packed import FORMATS
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,7 +12,8 @@ from daedal.ops import reference
 from daedal.ops.backends.cpu import experts as native
 from daedal.ops.backends.cpu import program
 from daedal.ops.exactness import exactly
-from daedal.ops.packed import FORMATS, Packed
+from daedal.ops.packed import Packed
+from daedal.packed import FORMATS
 from tests.native import needs_kernels
 from tests.ops.packs import random_packed
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from daedal import ops
 from daedal.ops.backends.cpu import linear, program
 from daedal.ops.exactness import exactly
-from daedal.ops.packed import FORMATS, Packed
+from daedal.ops.packed import Packed
+from daedal.packed import FORMATS
 from tests.native import needs_kernels
 from tests.ops.packs import random_packed
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daedal.ops import silicon
 from daedal.ops.backends.short_attention import LONGEST, short_attention
 from daedal.ops.backends.token_order import Order, combine, dispatch
 from daedal.ops.backends.trained_norm import trained_norm
@@ -239,7 +240,7 @@ def _experts_supports(
         return "does not read packed weights"
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
         return f"grouped matrix multiplication does not take {x_TD.dtype}"
-    if x_TD.device.type == "cuda" and x_TD.dtype != torch.bfloat16:
+    if silicon.of(x_TD.device).device == "cuda" and x_TD.dtype != torch.bfloat16:
         return "grouped matrix multiplication on CUDA takes bfloat16 only"
     if any(size * x_TD.element_size() % 16 for size in (down_EDF.shape[1], down_EDF.shape[2])):
         return "grouped matrix multiplication needs rows of a multiple of 16 bytes"

@@ -8,7 +8,7 @@ results of that dtype, and a float32 result (the gradient of master weights) com
 import torch
 from torch import Tensor
 
-from daedal.ops import reference_scaled, scaled
+from daedal.ops import reference_scaled, scaled, silicon
 from daedal.ops.arithmetic import Arithmetic, Rounding, quantise_dequantise
 from daedal.ops.backends.aten import BACKEND
 from daedal.ops.registry import REGISTRY
@@ -31,10 +31,11 @@ def multiply(
 def _supports(x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic) -> str | None:
     if not arithmetic.fits_bfloat16:
         return f"{arithmetic.name} has float32 scales, under which numbers are not exact in bfloat16"
-    if x_TD.device.type == "cuda":
+    kind = silicon.of(x_TD.device).device
+    if kind == "cuda":
         return f"rounds to bfloat16, which {x_TD.dtype} asks not to" if x_TD.dtype == torch.float64 else None
-    if x_TD.device.type != "cpu":
-        return f"float32 sums of bfloat16 products are not established on {x_TD.device.type}"
+    if kind != "cpu":
+        return f"float32 sums of bfloat16 products are not established on {kind}"
     if x_TD.dtype != torch.bfloat16:
         return f"on a CPU bfloat16 products give bfloat16 results, and these are {x_TD.dtype}"
     return None

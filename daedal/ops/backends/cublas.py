@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
-from daedal.ops import scaled
+from daedal.ops import scaled, silicon
 from daedal.ops.arithmetic import FP8, Arithmetic, Rounding, quantise
 from daedal.ops.registry import REGISTRY
 
@@ -19,7 +19,7 @@ BACKEND = "cublas"
 
 _TILE, _BLOCK = FP8.activations, FP8.weights
 _GROUP = 128
-_CAPABILITY = 9
+_TARGET = "sm_90"
 _CUDA = (12, 9)
 
 
@@ -55,12 +55,10 @@ def operand(x_MK: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, ScalingTy
 def _supports(x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic) -> str | None:
     if (arithmetic.activations, arithmetic.weights, arithmetic.gradients) != (_TILE, _BLOCK, _TILE):
         return f"multiplies e4m3 in tiles of 1x128 and blocks of 128x128 alone, which {arithmetic.name} is not"
-    if x_TD.device.type != "cuda" or torch.version.hip is not None:
-        return "has these products on NVIDIA devices alone"
-    capability = torch.cuda.get_device_capability(x_TD.device)
-    if capability[0] != _CAPABILITY:
-        return f"has these products for compute capability 9 alone, and this device has {capability[0]}.{capability[1]}"
-    if tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2]) < _CUDA:
+    profile = silicon.of(x_TD.device)
+    if profile.target != _TARGET:
+        return f"has these products on NVIDIA's {_TARGET} alone, and this is {profile.name}"
+    if torch.version.cuda is not None and tuple(int(part) for part in torch.version.cuda.split(".")[:2]) < _CUDA:
         return f"has these products from CUDA 12.9, and torch was built for {torch.version.cuda}"
     for dtype in (x_TD.dtype, weight_FD.dtype):
         if dtype not in (torch.bfloat16, torch.float32):

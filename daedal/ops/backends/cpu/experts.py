@@ -13,8 +13,9 @@ from daedal.ops.backends.cpu.linear import FORMAT_NUMBERS, row_bytes, widened_by
 from daedal.ops.backends.cpu.program import TYPES, call
 from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
 from daedal.ops.exactness import is_exact
-from daedal.ops.packed import PANEL, Packed
+from daedal.ops.packed import Packed
 from daedal.ops.registry import REGISTRY
+from daedal.packed import PANEL
 
 
 def _supports(

@@ -13,8 +13,9 @@ from torch import Tensor
 from daedal.ops.backends.cpu.program import TYPES, call, recorder
 from daedal.ops.backends.cpu.rows import BACKEND, FLOATS, declines
 from daedal.ops.exactness import is_exact
-from daedal.ops.packed import FORMATS, PANEL, Packed, padded_columns
+from daedal.ops.packed import Packed
 from daedal.ops.registry import REGISTRY
+from daedal.packed import FORMATS, PANEL, padded_columns
 
 FORMAT_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
 

@@ -23,7 +23,7 @@ def declines(*tensors: Tensor | None) -> str | None:
         if tensor is None:
             continue
         if tensor.device.type != "cpu":
-            return f"runs on the CPU, not on {tensor.device}"
+            return "runs on the CPU alone"
         if tensor.requires_grad and torch.is_grad_enabled():
             return "has no gradients"
     return missing()

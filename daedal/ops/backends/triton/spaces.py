@@ -1,0 +1,37 @@
+"""The declared spaces: for each kernel a short list of constants to try on a chip, the safest first.
+
+The first point is what the interpreter runs; `tools/compile_kernels.py` compiles all of them ahead of time and says
+which fit the memory beside a chip's cores. Needs no Triton.
+"""
+
+from collections.abc import Mapping, Sequence
+
+Space = Sequence[Mapping[str, int]]
+
+ROWS: Space = tuple({"num_warps": warps} for warps in (4, 8, 16))
+
+MULTIPLY: Space = (
+    {"BN": 64, "num_warps": 4, "num_stages": 2},
+    {"BN": 64, "num_warps": 4, "num_stages": 4},
+    {"BN": 128, "num_warps": 8, "num_stages": 3},
+    {"BN": 256, "num_warps": 8, "num_stages": 3},
+    {"BN": 32, "num_warps": 4, "num_stages": 2},
+)
+
+EXPERTS: Space = (
+    {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
+    {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+    {"BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    {"BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+    {"BN": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
+)
+
+# A block of 16 keys of 576 numbers is what 64 KiB beside a core leave room for.
+ATTENTION: Space = (
+    {"BN": 16, "num_warps": 4, "num_stages": 1},
+    {"BN": 32, "num_warps": 4, "num_stages": 1},
+    {"BN": 32, "num_warps": 8, "num_stages": 2},
+    {"BN": 64, "num_warps": 8, "num_stages": 1},
+    {"BN": 64, "num_warps": 4, "num_stages": 2},
+    {"BN": 128, "num_warps": 8, "num_stages": 2},
+)

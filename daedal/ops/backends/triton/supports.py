@@ -1,0 +1,228 @@
+"""What the Triton kernels take: for each op the reason for declining, or None. Needs no Triton, so that `daedal doctor
+--profile` can say what a chip would run that is not here.
+
+GPUs of NVIDIA and AMD, by their profiles; the CPU only through Triton's interpreter (TRITON_INTERPRET=1), which is for
+tests. Ops whose best form is a plain product (`linear`, `grouped_linear`) are left to the maker's libraries.
+"""
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from daedal.ops import silicon
+from daedal.ops.arithmetic import Arithmetic, Rounding
+from daedal.ops.packed import Packed
+from daedal.ops.registry import Predicate
+from daedal.ops.rings import RingRows
+from daedal.ops.rows import FlatRows, PagedRows, Rows
+
+BACKEND = "triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAKERS = ("nvidia", "amd")
+WIDEST_ROW = 2**16  # numbers of a row that one program holds
+WIDEST_KEY, MOST_EXPERTS, MOST_ACTIVE = 1024, 4096, 64
+MOST_STREAMS = 16
+GROUPS = (32, 64, 128)  # numbers that share a scale, along the summed axis
+
+
+def declines(*tensors: Tensor | None, trains: bool = False) -> str | None:
+    """What every op asks first. trains: the op has gradients here."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    profile = silicon.of(present[0].device)
+    if profile.maker not in MAKERS and not (profile.device == "cpu" and INTERPRETED):
+        return f"compiles for GPUs of NVIDIA and AMD, and this is {profile.name}"
+    wrong = next((tensor.dtype for tensor in present if tensor.dtype not in FLOATS), None)
+    if wrong is not None:
+        return f"takes float32, bfloat16 and float16, not {wrong}"
+    if not trains and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
+        return "has no gradients"
+    return None
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
+    if x_TD.shape[-1] > WIDEST_ROW:
+        return f"holds rows of {WIDEST_ROW} numbers at most, and these have {x_TD.shape[-1]}"
+    return declines(x_TD, weight_D, trains=True)
+
+
+def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> str | None:
+    if torch.is_grad_enabled() and (cos_TC.requires_grad or sin_TC.requires_grad):
+        return "has no gradients of the angles"
+    return declines(x_THR, cos_TC, sin_TC, trains=True)
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> str | None:
+    return declines(gate_TF, up_TF, trains=True)
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    scoring: str,
+    method: str,
+    num_active: int,
+    n_group: int,
+    topk_group: int,
+    normalise: bool,
+    scale: float,
+    given_TA: Tensor | None,
+) -> str | None:
+    if given_TA is not None:
+        return "chooses experts, and these are given"
+    if logits_TE.shape[-1] > MOST_EXPERTS or num_active > MOST_ACTIVE:
+        return f"chooses at most {MOST_ACTIVE} of {MOST_EXPERTS} experts"
+    return declines(logits_TE, bias_E, trains=True)
+
+
+def experts(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_EFD: Tensor | Packed,
+    down_EDF: Tensor | Packed,
+    *,
+    limit: float | None,
+) -> str | None:
+    if isinstance(gate_up_EFD, Packed) or isinstance(down_EDF, Packed):
+        return "does not read packed weights"
+    if x_TD.dtype != gate_up_EFD.dtype or x_TD.dtype != down_EDF.dtype:
+        return f"wants one type for all, and these are {x_TD.dtype}, {gate_up_EFD.dtype} and {down_EDF.dtype}"
+    return declines(x_TD, weights_TA, gate_up_EFD, down_EDF)
+
+
+def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float) -> str | None:
+    memories = [_memory(rows) for rows in (keys, values) if not isinstance(rows, int)]
+    if not isinstance(values, int) and not _alike(keys, values):
+        return "wants keys and values in the same places"
+    return _rows_decline(q_THK, keys) or declines(q_THK, *memories)
+
+
+def choose_entries(
+    q_TIK: Tensor,
+    weights_TI: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    keys: Rows,
+    *,
+    count: int,
+    rate: int,
+) -> str | None:
+    with torch.no_grad():  # no gradient passes here
+        return _rows_decline(q_TIK, keys) or declines(q_TIK, weights_TI, _memory(keys))
+
+
+def sparse_attention(
+    q_THK: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    entries: Rows | None,
+    chosen_TA: Tensor | None,
+    window: Rows | RingRows | None,
+    sinks_H: Tensor | None,
+    *,
+    value_dim: int,
+    scale: float,
+    rate: int,
+    span: int,
+) -> str | None:
+    if isinstance(window, PagedRows):
+        return "reads windows side by side or in rings, not on pages"
+    present = [rows for rows in (entries, window) if rows is not None]
+    why = next((why for rows in present if (why := _rows_decline(q_THK, rows))), None)
+    return why or declines(q_THK, sinks_H, *(_memory(rows) for rows in present))
+
+
+def scaled_linear(x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic) -> str | None:
+    roundings = arithmetic.activations, arithmetic.weights, arithmetic.gradients
+    wrong = next((rounding for rounding in roundings if not _multiplies(rounding)), None)
+    if wrong is not None:
+        return f"multiplies e4m3 and int8 in groups of {', '.join(map(str, GROUPS))}, and {arithmetic.name} has {wrong}"
+    if len({(rounding.element, rounding.along) for rounding in roundings}) > 1:
+        return f"wants one format and length of groups for all factors, which {arithmetic.name} has not"
+    return declines(x_TD, weight_FD, trains=True)
+
+
+def scaled_experts(
+    x_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    arithmetic: Arithmetic,
+    *,
+    limit: float | None,
+) -> str | None:
+    return scaled_linear(x_TD, gate_up_EFD, arithmetic) or scaled_linear(x_TD, down_EDF, arithmetic)
+
+
+def hyper_collapse(
+    streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
+) -> str | None:
+    return _streams(streams_TMD, fn, base, scale)
+
+
+def hyper_head(
+    streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float
+) -> str | None:
+    return _streams(streams_TMD, fn, base, scale)
+
+
+def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> str | None:
+    return _streams(streams_TMD, y_TD, post_TM, comb_TMM)
+
+
+PREDICATES: Mapping[str, Predicate] = MappingProxyType(
+    {
+        "rms_norm": rms_norm,
+        "rotary": rotary,
+        "swiglu": swiglu,
+        "route": route,
+        "experts": experts,
+        "attention": attention,
+        "choose_entries": choose_entries,
+        "sparse_attention": sparse_attention,
+        "hyper_collapse": hyper_collapse,
+        "hyper_head": hyper_head,
+        "hyper_expand": hyper_expand,
+        "scaled_linear": scaled_linear,
+        "scaled_experts": scaled_experts,
+    }
+)
+
+
+def _streams(streams_TMD: Tensor, *others: Tensor) -> str | None:
+    if streams_TMD.shape[1] > MOST_STREAMS:
+        return f"holds {MOST_STREAMS} streams at most, and these are {streams_TMD.shape[1]}"
+    return declines(streams_TMD, *others)
+
+
+def _memory(rows: Rows | RingRows) -> Tensor:
+    return rows.rows if isinstance(rows, FlatRows) else rows.pool
+
+
+def _alike(keys: Rows, values: Rows) -> bool:
+    if isinstance(keys, FlatRows) and isinstance(values, FlatRows):
+        return keys.starts == values.starts
+    return isinstance(keys, PagedRows) and isinstance(values, PagedRows) and keys.pages is values.pages
+
+
+def _rows_decline(q: Tensor, rows: Rows | RingRows) -> str | None:
+    memory = _memory(rows)
+    if isinstance(rows, PagedRows) and rows.packing is not None:
+        return "does not read packed rows"
+    if memory.dtype != q.dtype:
+        return f"wants queries and keys of one type, and these are {q.dtype} and {memory.dtype}"
+    if memory.shape[-1] > WIDEST_KEY:
+        return f"holds keys of {WIDEST_KEY} numbers at most, and these have {memory.shape[-1]}"
+    return None
+
+
+def _multiplies(rounding: Rounding) -> bool:
+    if rounding.element not in ("e4m3", "int8") or rounding.largest is not None:
+        return False
+    return rounding.along in GROUPS and (rounding.across == 1 or rounding.across in GROUPS)
