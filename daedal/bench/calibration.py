@@ -7,19 +7,21 @@ engine reached. A machine that did other work meanwhile is told of, and its figu
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from daedal.bench import machine, pieces
-from daedal.bench.energy import Meter
+from daedal.bench.attending import Attending, attending
 from daedal.bench.overheads import Overheads, Steps, overheads
-from daedal.bench.pieces import READ_BYTES, SIDE, Rate
+from daedal.bench.pieces import BY_ROWS, READ_BYTES, SIDE, Rate
 from daedal.bench.timing import Clock
+from daedal.bench.workload import CHUNK
 from daedal.checkpoint.staging import sync
+from daedal.cost.energy import Meter
 from daedal.cost.hardware import CALIBRATION, Chip
 from daedal.errors import ConfigError
 from daedal.places import cache_directory
@@ -37,6 +39,7 @@ class Effort:
     read_bytes: int = READ_BYTES
     side: int = SIDE
     past: int = 4096
+    chunk: int = CHUNK
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= 60:
@@ -45,7 +48,8 @@ class Effort:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """chip: what will be written. read, multiplied: by format, with all threads. by_threads: of the fastest format.
+    """chip: what will be written. read, multiplied: by format, with all threads. by_rows: FLOP/s by the planner's name
+    of a format and by rows. by_threads: of the fastest format.
 
     spread: half of the repeats of the median measurement lie within so large a part of their median. others: share of
     the processors that other programs took, None where the system does not tell.
@@ -54,7 +58,9 @@ class Calibration:
     chip: Chip
     read: Mapping[str, Rate]
     multiplied: Mapping[str, Rate]
+    by_rows: Mapping[str, Mapping[int, Rate]]
     by_threads: Mapping[int, Rate]
+    attending: Attending
     overheads: Overheads
     energy: str
     spread: float
@@ -83,50 +89,93 @@ def calibrate(
 ) -> Calibration:
     """Measures. dtype: what unpacked models compute in here. others: the share that other programs took since now."""
     effort, others = effort or Effort(), others or machine.Others().share
-    started = clock()
-    forms = pieces.formats(device)
-    counts = [count for count in pieces.thread_counts() if device.type == "cpu"]
-    total, done = 2 * len(forms) + len(counts) + 1, 0
-
-    def note(what: str) -> None:
-        nonlocal done
-        progress(what, done, total)
-        done += 1
-
-    read, multiplied, by_threads = {}, {}, {}
-    for form in forms:
-        note(f"reading {form}")
-        read[form] = pieces.read_rate(form, device, clock=clock, seconds=effort.seconds, nbytes=effort.read_bytes)
+    started, pace = clock(), _Pace(device, clock, effort, progress)
+    read = {form: pace.read(form) for form in pace.forms}
     best = max(read, key=lambda form: read[form].per_second)
-    for count in counts:
-        note(f"reading {best}, threads: {count}")
+    by_threads = {}
+    for count in pieces.thread_counts() if device.type == "cpu" else ():
         with pieces.threads(count):
-            by_threads[count] = pieces.read_rate(
-                best, device, clock=clock, seconds=effort.seconds, nbytes=effort.read_bytes
-            )
+            by_threads[count] = pace.read(best)
     busy_started, busy_joules = clock(), meter.read()
-    for form in forms:
-        note(f"multiplying {form}")
-        multiplied[form] = pieces.multiply_rate(form, device, clock=clock, seconds=effort.seconds, side=effort.side)
+    multiplied = {form: pace.multiply(form) for form in pace.forms}
     watts = (meter.read() - busy_joules) / max(clock() - busy_started, 1e-9)
-    note("steps of small engines")
-    packed = "int8" in forms
-    steps = Steps(packed=packed, dtype=dtype, device=device, clock=clock, seconds=effort.seconds, past=effort.past)
-    found = overheads(steps)
-    progress("done", total, total)
-    timings = [rate.timing for rates in (read, by_threads, multiplied) for rate in rates.values()]
-    spreads = sorted(timing.spread for timing in [*timings, *found.timings.values()])
+    by_rows = {name: pace.by_rows(form) for name, form in _served(pace.forms).items()}
+    progress("attention", 2, 3)
+    packed = "int8" in pace.forms
+    attended = attending(
+        device, dtype=torch.bfloat16 if packed else dtype, clock=clock, seconds=effort.seconds / 2, past=effort.past
+    )
+    power = (meter.watts or watts) if device.type == "cpu" else None
+    chip = _chip(device, read, multiplied, by_rows, attended, power, meter)
+    progress("steps of small engines", 2, 3)
+    steps = Steps(packed=packed, dtype=dtype, device=device, clock=clock, seconds=effort.seconds, chunk=effort.chunk)
+    found = overheads(steps, chip)
+    progress("done", 3, 3)
+    rates = [*read.values(), *by_threads.values(), *multiplied.values(), *attended.decode.values()]
+    rates += [*attended.prefill.values(), *(rate for several in by_rows.values() for rate in several.values())]
+    spreads = sorted(timing.spread for timing in [*(rate.timing for rate in rates), *found.timings.values()])
     return Calibration(
-        chip=_chip(device, read, multiplied, found, (meter.watts or watts) if device.type == "cpu" else None, meter),
+        chip=replace(chip, reached={**chip.reached, **_known(found)}),
         read=read,
         multiplied=multiplied,
+        by_rows=by_rows,
         by_threads=by_threads,
+        attending=attended,
         overheads=found,
         energy=meter.source,
         spread=spreads[len(spreads) // 2],
         others=others(),
         seconds=clock() - started,
     )
+
+
+class _Pace:
+    """Measures the formats of one device, all with one effort, and says where it is."""
+
+    def __init__(self, device: torch.device, clock: Clock, effort: Effort, progress: Progress):
+        self.forms = pieces.formats(device)
+        self._device, self._clock, self._effort, self._progress = device, clock, effort, progress
+
+    def read(self, form: str) -> Rate:
+        self._progress(f"reading {form}", 0, 3)
+        return pieces.read_rate(
+            form, self._device, clock=self._clock, seconds=self._effort.seconds, nbytes=self._effort.read_bytes
+        )
+
+    def multiply(self, form: str) -> Rate:
+        self._progress(f"multiplying {form}", 1, 3)
+        return pieces.multiply_rate(
+            form, self._device, clock=self._clock, seconds=self._effort.seconds, side=self._effort.side
+        )
+
+    def by_rows(self, form: str) -> dict[int, Rate]:
+        """A sixteenth of what is read, in half the time each."""
+        self._progress(f"rows of {form}", 1, 3)
+        seconds, nbytes = self._effort.seconds / 2, self._effort.read_bytes // 16
+        return {
+            rows: pieces.rows_rate(form, rows, self._device, clock=self._clock, seconds=seconds, nbytes=nbytes)
+            for rows in BY_ROWS
+        }
+
+
+def _served(forms: Sequence[str]) -> dict[str, str]:
+    """By the planner's names, the formats that models are held in here."""
+    packed = {name: form for form, name in _PEAKS.items() if form in forms}
+    return {"bf16": "bf16" if "bf16" in forms else "bfloat16", **packed}
+
+
+def _known(found: Overheads) -> dict[str, float]:
+    """What noise did not hide."""
+    names = (
+        "step_seconds",
+        "layer_seconds",
+        "sequence_seconds",
+        "expert_seconds",
+        "prompt_layer_seconds",
+        "activations",
+    )
+    values = {name: getattr(found, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def write(found: Calibration, *, force: bool = False) -> Path:
@@ -156,32 +205,33 @@ def _chip(
     device: torch.device,
     read: Mapping[str, Rate],
     multiplied: Mapping[str, Rate],
-    found: Overheads,
+    by_rows: Mapping[str, Mapping[int, Rate]],
+    attended: Attending,
     watts: float | None,
     meter: Meter,
 ) -> Chip:
+    """Without what small models tell."""
     bandwidth = max(rate.per_second for rate in read.values())
     rates = {form: rate.per_second for form, rate in multiplied.items()}
     peak = {"float32": rates["float32"], "bf16": max(rates["bfloat16"], rates.get("bf16", 0.0))}
     peak |= {name: rates[form] for form, name in _PEAKS.items() if form in rates}
-    served = read.get("int8", read["bfloat16"])
-    reached: dict[str, float | None] = {
-        "bandwidth": served.per_second / bandwidth,
-        "step_seconds": found.step_seconds,
-        "layer_seconds": found.layer_seconds,
-        "sequence_seconds": found.sequence_seconds,
-        "expert_seconds": found.expert_seconds,
-        "cache": None if found.cache_bandwidth is None else found.cache_bandwidth / bandwidth,
-        "attention": None if found.attention_rate is None else found.attention_rate / peak["bf16"],
-    }
+    cache_by = {kind: rate.per_second / bandwidth for kind, rate in attended.decode.items()}
+    attention_by = {kind: rate.per_second / peak["bf16"] for kind, rate in attended.prefill.items()}
     return Chip(
         name=machine.processor() if device.type == "cpu" else str(device),
         kind="measured",
         memory_bytes=float(machine.memory_bytes(device)),
         bandwidth=bandwidth,
         peak=peak,
+        by_rows={name: {rows: rate.per_second for rows, rate in rates.items()} for name, rates in by_rows.items()},
         watts_peak=watts if watts is not None and watts > 0 else None,
-        reached={name: value for name, value in reached.items() if value is not None},
+        reached={
+            "bandwidth": read.get("int8", read["bfloat16"]).per_second / bandwidth,
+            "cache": cache_by["latent"],
+            "attention": attention_by["compressed"],
+            "cache_by": cache_by,
+            "attention_by": attention_by,
+        },
         source=f"daedal bench --calibrate, {torch.get_num_threads()} threads; watts by {meter.source}",
         date=time.strftime("%Y-%m-%d"),
         certainty="measured",

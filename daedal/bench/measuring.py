@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from daedal.bench.energy import Meter
 from daedal.bench.timing import Clock, Timing, repeated
 from daedal.bench.workload import Workload
 from daedal.cost import plan
+from daedal.cost.energy import Meter
 from daedal.cost.hardware import THIS, Chip
 from daedal.cost.prices import Prices
 from daedal.cost.work import Model

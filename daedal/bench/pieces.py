@@ -1,8 +1,9 @@
 """What the silicon gives: bytes read and FLOPs multiplied per second, in each format of weights, through the ops.
 
 A product of one row with a matrix that no cache holds shows how fast weights are read, and one of a chunk of rows how
-fast they are multiplied: the two things that a step does with them. Formats that no kernel here reads as they are would
-be expanded first, so they are left out. Knows no model and no engine.
+fast they are multiplied: the two things that a step does with them. Between the two lie batches, and the few tokens
+that come to each expert, whose rates follow neither: they are measured for some numbers of rows. Formats that no kernel
+here reads as they are would be expanded first, so they are left out. Knows no model and no engine.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,14 @@ from torch import Tensor
 from daedal import ops
 from daedal.bench.machine import settle
 from daedal.bench.timing import Clock, Timing, repeated
-from daedal.ops.packed import FORMATS, Packed, packed_bytes
+from daedal.ops.packed import Packed
 from daedal.ops.registry import REFERENCE
+from daedal.packed import FORMATS, packed_bytes
 
 PLAIN: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 READ_BYTES, READ_COLUMNS = 2**29, 4096
 ROWS, SIDE = 512, 2048
+BY_ROWS, BY_ROWS_COLUMNS, MOST_WRITTEN = (1, 4, 16, 64, ROWS), 1024, 2**20
 # In every packed format these bytes are small finite numbers, as codes and as scales.
 _BYTE = 0x3C
 
@@ -55,6 +58,16 @@ def multiply_rate(form: str, device: torch.device, *, clock: Clock, seconds: flo
     return _rate(2.0 * ROWS * side * side, _matrix(form, side, side, device), ROWS, clock=clock, seconds=seconds)
 
 
+def rows_rate(form: str, rows: int, device: torch.device, *, clock: Clock, seconds: float, nbytes: int) -> Rate:
+    """FLOP/s of so many rows times a matrix in a format: of `nbytes`, which lie in memory, or less where that would
+    make many rows write more than they read.
+    """
+    unit = _nbytes(form, 16, BY_ROWS_COLUMNS)
+    height = min(16 * max(nbytes // unit, 1), MOST_WRITTEN // rows)
+    matrix = _matrix(form, height, BY_ROWS_COLUMNS, device)
+    return _rate(2.0 * rows * height * BY_ROWS_COLUMNS, matrix, rows, clock=clock, seconds=seconds)
+
+
 def thread_counts() -> Sequence[int]:
     """1, 2, 4 and so on, and all that torch uses."""
     every = torch.get_num_threads()
@@ -81,7 +94,7 @@ def _rate(amount: float, matrix: Tensor | Packed, rows: int, *, clock: Clock, se
         settle(x_TD.device)
 
     with torch.inference_mode():
-        return Rate(amount=amount, timing=repeated(multiply, clock=clock, seconds=seconds))
+        return Rate(amount=amount, timing=repeated(multiply, clock=clock, seconds=seconds, least=3))
 
 
 def _matrix(form: str, rows: int, columns: int, device: torch.device) -> Tensor | Packed:

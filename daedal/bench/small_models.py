@@ -7,16 +7,17 @@ import torch
 
 from daedal import shapes
 from daedal.config import ModelConfig
-from daedal.model.packing import assign, kept, stays_plain
+from daedal.model.packing import assign
 from daedal.model.transformer import Transformer, empty
-from daedal.ops.packed import FORMATS, PANEL, Packed, packed_bytes, padded_columns
+from daedal.ops.packed import Packed
+from daedal.packed import FORMATS, PANEL, kept, packed_bytes, padded_columns, stays_plain
 
 FORMAT = "int8"
 _SCALE_BYTE = 0x3C
 
 
-def dense(layers: int, *, hidden: int = 64, heads: int = 2, context: int = 8192) -> ModelConfig:
-    """Keys and values for each head of 32 numbers."""
+def dense(layers: int, *, hidden: int = 64, heads: int = 2, dim: int = 32, context: int = 8192) -> ModelConfig:
+    """Keys and values for each head of `dim` numbers."""
     return ModelConfig.from_published(
         {
             "model_type": "llama",
@@ -26,14 +27,14 @@ def dense(layers: int, *, hidden: int = 64, heads: int = 2, context: int = 8192)
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
-            "head_dim": 32,
+            "head_dim": dim,
             "max_position_embeddings": context,
             "torch_dtype": "bfloat16",
         }
     )
 
 
-def latent(layers: int, *, active: int = 2, heads: int = 2, rank: int = 64, context: int = 8192) -> ModelConfig:
+def latent(layers: int, *, active: int = 2, context: int = 8192) -> ModelConfig:
     """Latent attention and 16 experts in each layer, `active` of them for each token."""
     return ModelConfig.from_published(
         {
@@ -43,8 +44,8 @@ def latent(layers: int, *, active: int = 2, heads: int = 2, rank: int = 64, cont
             "intermediate_size": 64,
             "moe_intermediate_size": 64,
             "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
             "n_shared_experts": 1,
             "n_routed_experts": 16,
             "num_experts_per_tok": active,
@@ -52,7 +53,7 @@ def latent(layers: int, *, active: int = 2, heads: int = 2, rank: int = 64, cont
             "topk_group": 1,
             "first_k_dense_replace": 0,
             "q_lora_rank": None,
-            "kv_lora_rank": rank,
+            "kv_lora_rank": 64,
             "qk_rope_head_dim": 32,
             "qk_nope_head_dim": 64,
             "v_head_dim": 64,

@@ -27,8 +27,8 @@ from daedal.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from daedal.bench.energy import Meter
     from daedal.bench.measuring import Point, Predictor
+    from daedal.cost.energy import Meter
     from daedal.model.transformer import Transformer
 
 REPORT, PLOT = "bench.json", "bench.png"
@@ -65,8 +65,8 @@ def command(
     json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line.")] = False,
 ) -> None:
     """Measure a model here, beside what was predicted; or measure the machine itself."""
-    from daedal.bench import energy
     from daedal.checkpoint.load import resolve_device
+    from daedal.cost import energy
 
     if calibrate == (model is not None):
         raise ConfigError("give either a MODEL to measure or --calibrate for the machine itself")

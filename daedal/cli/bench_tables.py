@@ -86,18 +86,38 @@ def calibration_tables(found: "Calibration") -> list[Table]:
         ("every layer", parts.layer_seconds),
         ("another sequence, in each layer", parts.sequence_seconds),
         ("another expert, in each layer", parts.expert_seconds),
+        ("every layer that reads a prompt", parts.prompt_layer_seconds),
     ):
         rest.add_row(name, "hidden by noise" if seconds is None else f"{seconds * 1e6:.2f} µs")
     for name, value, show in (
-        ("rows of the cache, per second", parts.cache_bandwidth, in_bytes),
-        ("attention over prompts, per second", parts.attention_rate, in_flops),
+        ("passed between matrices of prompts, per second", parts.activations, in_bytes),
         ("power under load", found.chip.watts_peak, lambda watts: f"{watts:.1f} W, {found.energy}"),
     ):
         rest.add_row(name, "not known" if value is None else show(value))
     rest.add_row("memory", in_bytes(found.chip.memory_bytes))
     others = "" if found.others is None else f"; other programs took {found.others:.0%} of the processors"
     rest.add_row("spread of repeats", f"{found.spread:.1%} in the median{others}")
-    return [rates, rest]
+    return [rates, _rows_table(found), _attention_table(found), rest]
+
+
+def _rows_table(found: "Calibration") -> Table:
+    table = Table(title="multiplied per second, by rows", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("format", *(str(rows) for rows in next(iter(found.by_rows.values())))):
+        table.add_column(heading, justify="left" if heading == "format" else "right")
+    for form, rates in found.by_rows.items():
+        table.add_row(form, *(in_flops(rate.per_second) for rate in rates.values()))
+    return table
+
+
+def _attention_table(found: "Calibration") -> Table:
+    table = Table(title="attention", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("kind", "cache read per second", "spread", "multiplied per second, in prompts", "spread"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for kind, decode in found.attending.decode.items():
+        prefill = found.attending.prefill[kind]
+        cells = (in_bytes(decode.per_second), _spread(decode), in_flops(prefill.per_second), _spread(prefill))
+        table.add_row(kind, *cells)
+    return table
 
 
 def calibration_object(found: "Calibration") -> dict[str, object]:

@@ -1,16 +1,18 @@
 """The bytes that one sequence leaves in the cache, as shipped and in bf16, beside ordinary attention.
 
 Rows that attention reads: those that stay, one per token or per compressed entry, and rings of the last few tokens.
-What only closes the next entry is state, apart from them. Knows no pages, which round up, and no device.
+What only closes the next entry is state, apart from them. The engine sizes its pages and rings by the same functions,
+so what is predicted is what is allocated, but for rounding up to pages. Knows no device.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from functools import partial
 from types import MappingProxyType
 
 from daedal.config import ModelConfig
 from daedal.errors import ConfigError
-from daedal.shapes import DTYPE_BITS, Slot
+from daedal.shapes import DTYPE_BITS, Slot, eight_bit_row
 
 COMPARED_HEADS = 8  # of the grouped-query model that a cache is compared with
 COMPARED_WIDTH = 128  # of its heads, where the model's own rows belong to no head
@@ -23,18 +25,20 @@ def as_shipped(slot: Slot) -> int:
     return slot.nbytes
 
 
-def in_bf16(slot: Slot) -> int:
-    """Bytes of one row with every number in bf16."""
-    return 2 * slot.numel
+def in_numbers(itemsize: int, slot: Slot) -> int:
+    """Bytes of one row in numbers of so many bytes; what is kept wide has at least 4."""
+    return slot.numel * (max(itemsize, 4) if slot.wide else itemsize)
 
 
-def in_fp8(slot: Slot) -> int:
-    """Bytes of one row with what may be kept in eight bits so, a scale byte for each 64 numbers; the rest in bf16."""
+def in_eight_bits(itemsize: int, slot: Slot) -> int:
+    """Bytes of one row with what may be kept in eight bits so, the rest in numbers of so many bytes."""
     if slot.exact is None:
-        return in_bf16(slot)
-    width = slot.numel - slot.exact
-    used = 2 * slot.exact + width + -(-width // 64)
-    return used + used % 2
+        return in_numbers(itemsize, slot)
+    return eight_bit_row(slot.numel - slot.exact, slot.exact)
+
+
+in_bf16: Size = partial(in_numbers, 2)
+in_fp8: Size = partial(in_eight_bits, 2)
 
 
 def in_six_bits(slot: Slot) -> int:
@@ -79,6 +83,16 @@ def at_context(cache: Iterable[Slot], context: int, size: Size) -> int:
 def state(cache: Iterable[Slot]) -> int:
     """Bytes of what the next entries are made of: the same at every length."""
     return sum(slot.ring * slot.nbytes for slot in cache if slot.role == "state")
+
+
+def page_bytes(cache: Iterable[Slot], page_size: int, size: Size) -> int:
+    """Bytes of a page of so many tokens, which must be whole rows, over all layers: what stays."""
+    return sum(page_size // slot.rate * size(slot) for slot in cache if not slot.ring)
+
+
+def ring_bytes(cache: Iterable[Slot], size: Size, *, rewind: int = 0) -> int:
+    """Bytes of one sequence's rings over all layers, each `rewind` rows longer than what is read: windows and state."""
+    return sum((slot.ring + rewind) * size(slot) for slot in cache if slot.ring)
 
 
 def ordinary_per_token(config: ModelConfig, heads: int) -> int:

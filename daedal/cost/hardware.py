@@ -33,8 +33,11 @@ _INSTEAD: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares and overheads of a kind of chip, as `efficiency.toml` explains them. sequence_seconds, expert_seconds: of
-    a sequence beyond the first in a layer, and of an expert that a layer meets; 0 where they were not measured.
+    """Shares and overheads of a kind of chip, as `efficiency.toml` explains them. Known of measured machines only:
+    sequence_seconds, expert_seconds: of a sequence beyond the first in a layer, and of an expert that a layer meets;
+    prompt_layer_seconds: of a layer of a step that reads prompts, None for as any other; activations: bytes per second
+    of the rows that pass between matrices, None where they cost nothing; cache_by, attention_by: `cache` and
+    `attention` for the kinds of `work.Part`.
     """
 
     compute: float
@@ -51,6 +54,10 @@ class Efficiency:
     pairs: int
     sequence_seconds: float = 0.0
     expert_seconds: float = 0.0
+    prompt_layer_seconds: float | None = None
+    activations: float | None = None
+    cache_by: Mapping[str, float] = field(default_factory=dict, hash=False)
+    attention_by: Mapping[str, float] = field(default_factory=dict, hash=False)
     median_error: float | None = None
     ninth_error: float | None = None
 
@@ -60,7 +67,9 @@ class Chip:
     """One device. Bytes, bytes per second, FLOP/s by format, watts; None for what nobody told.
 
     link: what it sends to its peers, of which there are `peers` with itself; network: to those beyond. host, disk: how
-    fast it reads what lies beyond its memory. reached: fields of `Efficiency` that were measured on this chip.
+    fast it reads what lies beyond its memory. by_rows: FLOP/s by format and number of rows of products with matrices
+    that lie in memory; a format without them reaches its peak with any number. reached: fields of `Efficiency` that
+    were measured on this chip.
     """
 
     name: str
@@ -75,7 +84,8 @@ class Chip:
     disk: float | None = None
     watts_idle: float | None = None
     watts_peak: float | None = None
-    reached: Mapping[str, float] = field(default_factory=dict, hash=False)
+    by_rows: Mapping[str, Mapping[int, float]] = field(default_factory=dict, hash=False)
+    reached: Mapping[str, Any] = field(default_factory=dict, hash=False)
     source: str
     date: str
     certainty: str
@@ -85,6 +95,8 @@ class Chip:
             raise ConfigError(f"kind of {self.name} is {self.kind!r}: it must be one of {', '.join(KINDS)}")
         numbers = {item.name: getattr(self, item.name) for item in fields(self) if item.type in (float, float | None)}
         numbers |= {f"peak of {form}": rate for form, rate in self.peak.items()}
+        for form, rates in self.by_rows.items():
+            numbers |= {f"peak of {form} with {rows} rows": rate for rows, rate in rates.items()}
         for label, value in numbers.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and math.isfinite(value) and value > 0):
@@ -103,9 +115,20 @@ class Chip:
         """The format in which the chip multiplies numbers of a format: it, or the next wider one that it has."""
         return next(form for form in _INSTEAD[arithmetic] if form in self.peak)
 
-    def rate(self, arithmetic: str) -> float:
-        """FLOP/s of products of numbers of a format."""
-        return self.peak[self.multiplies(arithmetic)]
+    def rate(self, arithmetic: str, rows: float | None = None) -> float:
+        """FLOP/s of products of numbers of a format, at the peak or of so many rows; between two numbers of rows that
+        were measured, a power of the rows.
+        """
+        form = self.multiplies(arithmetic)
+        measured = sorted(self.by_rows.get(form, {}).items())
+        if rows is None or not measured:
+            return self.peak[form]
+        (low, rate), *others = measured
+        for high, faster in others:
+            if rows <= high:
+                return rate * math.pow(faster / rate, math.log(max(rows, low) / low) / math.log(high / low))
+            low, rate = high, faster
+        return rate
 
 
 def names() -> tuple[str, ...]:
@@ -127,7 +150,7 @@ def read(name: str) -> Chip:
         raise ConfigError(
             f"hardware is {name!r}: give one of {', '.join(table)}, or {THIS}, with a number before (8xh200)"
         )
-    return _chip(name, table[name])
+    return described(table[name], name)
 
 
 def efficiency(chip: Chip) -> Efficiency:
@@ -145,16 +168,22 @@ def _measured() -> Chip:
         raise ConfigError(f"{path} cannot be read ({error}): run `daedal bench --calibrate` again") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no object: run `daedal bench --calibrate` again")
-    return _chip(THIS, found)
+    return described(found, THIS)
 
 
-def _chip(name: str, row: Mapping[str, Any]) -> Chip:
+def described(row: Mapping[str, Any], name: str | None = None) -> Chip:
+    """The chip of a row of `hardware.toml` or of a calibration; ConfigError for what no chip has."""
+    name = row.get("name", THIS) if name is None else name
     known = {item.name for item in fields(Chip)}
     unknown, missing = row.keys() - known, {"name", "kind", "memory_bytes", "bandwidth", "peak"} - row.keys()
     if unknown or missing:
         wrong = f"has {min(unknown)!r}, which no chip has" if unknown else f"lacks {min(missing)!r}"
         raise ConfigError(f"the description of {name} {wrong}: docs/cost.md lists what a chip has")
-    return Chip(**{"source": "", "date": "", "certainty": "measured", **row})
+    # The keys of an object in JSON are text.
+    by_rows = {
+        form: {int(rows): rate for rows, rate in rates.items()} for form, rates in row.get("by_rows", {}).items()
+    }
+    return Chip(**{"name": name, "source": "", "date": "", "certainty": "measured", **row, "by_rows": by_rows})
 
 
 @cache

@@ -144,7 +144,9 @@ def _rated(
     resident = 1 - found.fit.far / model.expert_bytes if found.fit.far else 1.0
     layers = model.config.num_hidden_layers
 
-    def timed(parts: Sequence[Part], layers: int, sequences: float, tokens: float) -> Step:
+    def timed(
+        parts: Sequence[Part], layers: int, sequences: float, tokens: float, activations: float | None = None
+    ) -> Step:
         parts = [_fetched(part, resident) for part in parts]
         return roofline.step(
             parts,
@@ -155,7 +157,12 @@ def _rated(
             tier=tier,
             sequences=sequences,
             experts=model.met(tokens) / layout.devices,
+            activations=activations,
         )
+
+    def prompted(parts: Sequence[Part], prompts: int, steps: int) -> Step:
+        tokens = prompts * context / steps
+        return timed(parts, layers, prompts / steps, tokens, tokens * model.activations)
 
     def rate(step: Step, tokens: float) -> Rate:
         watts = _watts(found.chip, step)
@@ -181,10 +188,8 @@ def _rated(
     return replace(
         found,
         decode=rate(decoded, batch * taken),
-        prefill=rate(
-            timed(read, layers, prompts / steps, prompts * context / steps), prompts * several * context / steps
-        ),
-        first_token=timed(alone, layers, 1, context / alone_steps).seconds * alone_steps,
+        prefill=rate(prompted(read, prompts, steps), prompts * several * context / steps),
+        first_token=prompted(alone, 1, alone_steps).seconds * alone_steps,
     )
 
 

@@ -26,13 +26,15 @@ class Reading:
 
     kind: of row. full: keys or values of heads; latent: of MLA; window: the last tokens in V4; sparse and heavy:
     compressed entries, chosen and all; indexer: its keys. absorbed, expanded: multiply-adds of one token and one row.
-    most: rows that are read at most, None for all that are held. arithmetic: the format that is multiplied in.
+    expansion: multiply-adds that turn a row of earlier steps into keys and values again. most: rows that are read at
+    most, None for all that are held. arithmetic: the format that is multiplied in.
     """
 
     slot: Slot
     kind: str
     absorbed: int
     expanded: int
+    expansion: int = 0
     most: int | None = None
     arithmetic: str = "bf16"
 
@@ -49,6 +51,14 @@ class Reading:
         whole, rest = divmod(grown, rate)
         growing = rate * whole * (whole - 1) // 2 + whole * (rest + 1)
         return growing + (context - grown) * (grown // rate)
+
+    def cheapest(self, read: float, past: float) -> float:
+        """Multiply-adds of a step whose tokens read so many rows one after another, `past` different ones of them left
+        by earlier steps, in the form that costs less.
+        """
+        if self.absorbed == self.expanded:
+            return self.absorbed * read
+        return min(self.absorbed * read, self.expanded * read + self.expansion * past)
 
 
 def readings(config: ModelConfig, *, drafting: bool = False) -> Mapping[Reading, int]:
@@ -70,8 +80,10 @@ def _reading(config: ModelConfig, slot: Slot) -> Reading:
         if config.is_indexed:
             return Reading(slot=nowhere, kind="latent", absorbed=absorbed, expanded=absorbed, most=config.index_topk)
         assert config.v_head_dim is not None
+        assert config.qk_nope_head_dim is not None
         expanded = heads * (config.head_dim + config.v_head_dim)
-        return Reading(slot=nowhere, kind="latent", absorbed=absorbed, expanded=expanded)
+        expansion = heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+        return Reading(slot=nowhere, kind="latent", absorbed=absorbed, expanded=expanded, expansion=expansion)
     if slot.name in ("key", "value"):
         work = heads * slot.shape[-1]
         return Reading(slot=nowhere, kind="full", absorbed=work, expanded=work)

@@ -60,21 +60,29 @@ def step(
     tier: str | None = None,
     sequences: float = 1.0,
     experts: float = 0.0,
+    activations: float | None = None,
 ) -> Step:
     """Times the parts of a step of `layers` layers on each of some devices. tier: "host" or "disk", where the far bytes
-    of parts lie. sequences: in the step. experts: that it meets, in all layers.
+    of parts lie. sequences: in the step. experts: that it meets, in all layers. activations: bytes that pass between
+    matrices, of a step that reads prompts; None for one that decodes.
     """
-    beyond = max(sequences - 1, 0.0) * reached.sequence_seconds
+    layer, passed = reached.layer_seconds, 0.0
+    if activations is not None:
+        layer = layer if reached.prompt_layer_seconds is None else reached.prompt_layer_seconds
+        passed = 0.0 if reached.activations is None else activations / reached.activations
+    layer += max(sequences - 1, 0.0) * reached.sequence_seconds
     return Step(
-        parts=[_timed(part, chip, reached, devices, tier) for part in parts],
-        overhead=layers * (reached.layer_seconds + beyond) + experts * reached.expert_seconds + reached.step_seconds,
+        parts=[timed(part, chip, reached, devices, tier) for part in parts],
+        overhead=layers * layer + passed + experts * reached.expert_seconds + reached.step_seconds,
     )
 
 
-def _timed(part: Part, chip: Chip, reached: Efficiency, devices: int, tier: str | None) -> Timed:
-    share = reached.attention if part.cache_bytes else reached.compute
+def timed(part: Part, chip: Chip, reached: Efficiency, devices: int = 1, tier: str | None = None) -> Timed:
+    """One part of a step, alone."""
+    share = reached.attention_by.get(part.kind or "", reached.attention) if part.cache_bytes else reached.compute
+    cache = reached.cache_by.get(part.kind or "", reached.cache)
     seconds = {
-        MEMORY: (part.weight_bytes / reached.bandwidth + part.cache_bytes / reached.cache) / chip.bandwidth,
+        MEMORY: (part.weight_bytes / reached.bandwidth + part.cache_bytes / cache) / chip.bandwidth,
         COMPUTE: part.flops / (share * chip.rate(part.arithmetic)),
     }
     if part.link_bytes:
@@ -87,4 +95,6 @@ def _timed(part: Part, chip: Chip, reached: Efficiency, devices: int, tier: str 
         assert rate is not None
         seconds[TIERS[tier]] = seconds.get(TIERS[tier], 0.0) + part.far_bytes / rate
     bound = max(seconds, key=lambda name: seconds[name])
-    return Timed(part=part, seconds=seconds[bound], bound=bound)
+    # Few rows are slower than the peak, and what then takes longer than reading alone includes the reading.
+    slowed = part.flops / (share * chip.rate(part.arithmetic, part.rows))
+    return Timed(part=part, seconds=max(seconds[bound], slowed), bound=bound)

@@ -7,6 +7,7 @@ each other, so their times add. Knows no device and no time; that is the busines
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from daedal import layouts, shapes
 from daedal.config import ModelConfig
@@ -18,13 +19,18 @@ from daedal.errors import ConfigError
 from daedal.shapes import Slot
 
 ROUTED = "routed_expert"
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {"full": "full", "latent": "latent", "window": "compressed", "sparse": "compressed", "heavy": "compressed"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One part of a step. link_bytes: what one device sends to others; far_bytes: read from beyond its memory.
 
-    split: among how many devices the cached rows may be divided, one head's rows to one; None where there are none.
+    rows: that are multiplied with each of the matrices, None where there is none. kind: of attention, "full", "latent"
+    or "compressed"; None for what is no attention. split: among how many devices the cached rows may be divided, one
+    head's rows to one; None where there are none.
     """
 
     name: str
@@ -34,6 +40,8 @@ class Part:
     cache_bytes: float = 0.0
     link_bytes: float = 0.0
     far_bytes: float = 0.0
+    rows: float | None = None
+    kind: str | None = None
     split: int | None = None
 
     def scaled(self, work: float, *, weights: float = 1.0, cache: float = 1.0) -> "Part":
@@ -62,7 +70,8 @@ class Model:
 
     weight_bytes: all that is held, `expert_bytes` of it routed experts. drafts: what the drafting modules add, empty
     without them. readings: what a decoded token reads and in how many layers, backbone: without the modules.
-    state_bytes: what the next entries of a sequence are made of.
+    state_bytes: what the next entries of a sequence are made of. activations: bytes of the rows, in 16 bits, that one
+    token passes into and out of matrices.
     """
 
     config: ModelConfig
@@ -78,6 +87,7 @@ class Model:
     readings: Mapping[Reading, int]
     backbone: Mapping[Reading, int]
     state_bytes: int
+    activations: int
 
     @property
     def num_drafts(self) -> int:
@@ -136,7 +146,21 @@ def model(
         readings=readings(config, drafting=drafting),
         backbone=readings(config),
         state_bytes=cached.state(shapes.cache(config, drafting=drafting)),
+        activations=_activations(config, backbone),
     )
+
+
+def _activations(config: ModelConfig, slots: Iterable[Slot]) -> int:
+    """In and out of every matrix but the head, whose rows are few; V4's streams once more, where results are added."""
+    numbers = 0
+    for slot in slots:
+        if len(slot.shape) < 2 or slot.role in ("embedding", "head", "hash_table"):
+            continue
+        times = config.num_experts_per_tok if slot.role == ROUTED else 1
+        numbers += times * (slot.shape[-1] + slot.shape[-2])
+        if slot.role == "hyper_connection":
+            numbers += 2 * slot.shape[-1]
+    return 2 * numbers
 
 
 def _matrices(config: ModelConfig, slots: Iterable[tuple[Slot, formats.Held]]) -> tuple[Matrices, ...]:
@@ -194,38 +218,35 @@ def prefill(model: Model, *, prompts: int, context: int, chunk: int, devices: in
         part = _multiply(model, one, tokens, tokens * devices)
         if one.role == "head":
             part = part.scaled(prompts / steps / tokens, weights=1 / steps)
+            part = replace(part, rows=max(prompts / steps, 1.0))
         parts.append(part)
     for reading, layers in model.backbone.items():
         first, last = (cached.rows(reading.slot, -(-context * step // steps)) for step in (1, steps))
         held = prompts * (first + last) / 2
         every = prompts * reading.rows_up_to(context) / steps
-        flops = 2.0 * layers * min(reading.absorbed * every, _expanded(model, reading, every, held - tokens))
+        flops = 2.0 * layers * reading.cheapest(every, held - tokens)
         read = min(held, every)
         parts.append(_read(model, reading, flops, layers * read * model.kv_size(reading.slot)))
     return _together(parts), steps
 
 
-def _expanded(model: Model, reading: Reading, every: float, past: float) -> float:
-    """Multiply-adds with keys and values expanded, and anew at each step for the rows of earlier ones."""
-    if reading.absorbed == reading.expanded:
-        return reading.expanded * every
-    config = model.config
-    assert config.kv_lora_rank is not None
-    assert config.qk_nope_head_dim is not None
-    assert config.v_head_dim is not None
-    expansion = config.num_attention_heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    return reading.expanded * every + expansion * past
-
-
 def _multiply(model: Model, one: Matrices, tokens: float, together: float) -> Part:
-    read = one.read * model.distinct(together) if one.role == ROUTED else float(one.read)
-    return Part(name=one.role, flops=2.0 * one.multiplied * tokens, arithmetic=one.arithmetic, weight_bytes=read)
+    read, rows = float(one.read), tokens
+    if one.role == ROUTED:
+        share = model.distinct(together)
+        read, rows = (
+            one.read * share,
+            together * model.config.num_experts_per_tok / model.config.n_routed_experts / share,
+        )
+    flops = 2.0 * one.multiplied * tokens
+    return Part(name=one.role, flops=flops, arithmetic=one.arithmetic, weight_bytes=read, rows=rows)
 
 
 def _read(model: Model, reading: Reading, flops: float, nbytes: float) -> Part:
     name = "index keys" if reading.kind == INDEXER else f"cache: {reading.kind}"
     split = model.config.num_key_value_heads if reading.kind == "full" else 1
-    return Part(name=name, flops=flops, arithmetic=reading.arithmetic, cache_bytes=nbytes, split=split)
+    kind = _KINDS.get(reading.kind)
+    return Part(name=name, flops=flops, arithmetic=reading.arithmetic, cache_bytes=nbytes, kind=kind, split=split)
 
 
 def _together(parts: Sequence[Part]) -> list[Part]:

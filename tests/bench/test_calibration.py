@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from daedal.bench import calibration, energy, pieces
+from daedal.bench import calibration, pieces
 from daedal.bench.calibration import Calibration, Effort
 from daedal.bench.measuring import Predictor, measure
-from daedal.cost import hardware, plan, prices, work
+from daedal.cost import energy, hardware, plan, prices, work
 from daedal.errors import ConfigError
 from tests.tiny import tiny_model
 
-SMALL = Effort(seconds=0.001, read_bytes=2**16, side=64, past=256)
+SMALL = Effort(seconds=0.001, read_bytes=2**16, side=64, past=256, chunk=64)
 
 
 def calibrated(clock: Callable[[], float], others: float | None = 0.0) -> Calibration:
@@ -55,6 +55,12 @@ def test_rates_are_amounts_over_seconds(quiet: Calibration) -> None:
     assert chip.bandwidth == max(rate.per_second for rate in quiet.read.values())
     assert chip.peak["bf16"] == chip.peak["float32"] == pytest.approx(2 * pieces.ROWS * 64 * 64 * 1000)
     assert (chip.watts_peak, chip.kind) == (50.0, "measured")
+    # A product of 64 rows takes as long as one of 4 here, and so is sixteen times as fast.
+    assert chip.by_rows.keys() == chip.peak.keys() - {"float32"}
+    for rates in chip.by_rows.values():
+        assert tuple(rates) == pieces.BY_ROWS
+        assert rates[64] == pytest.approx(16 * rates[4])
+    assert chip.reached["cache_by"].keys() == chip.reached["attention_by"].keys() == {"full", "latent", "compressed"}
     # Steps that all take as long leave nothing for layers, and so nothing is claimed of them.
     assert quiet.overheads.layer_seconds is None
     assert "layer_seconds" not in chip.reached
@@ -65,10 +71,9 @@ def test_a_busy_machine_is_refused_unless_forced(
     quiet: Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DAEDAL_CACHE", str(tmp_path / "cache"))
-    uneven = itertools.cycle((0.001, 0.001, 0.001, 0.002, 0.002))
-    busy = calibrated(itertools.accumulate(uneven).__next__)
+    busy = replace(quiet, spread=0.3)
     assert busy.busy is not None
-    assert "repeats lie" in busy.busy
+    assert "repeats lie 30% apart" in busy.busy
     path = tmp_path / "cache" / hardware.CALIBRATION
     for found, said in ((busy, "repeats lie"), (replace(quiet, others=0.4), "other programs took 40%")):
         with pytest.raises(ConfigError, match=f"this machine is busy: {said}.*--force"):
@@ -83,7 +88,7 @@ def test_what_is_kept_is_what_the_planner_reads(
     quiet: Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DAEDAL_CACHE", str(tmp_path))
-    reached = {"layer_seconds": 1e-5, "sequence_seconds": 2e-6, "expert_seconds": 3e-6, "cache": 0.4}
+    reached = {"layer_seconds": 1e-5, "sequence_seconds": 2e-6, "expert_seconds": 3e-6, "cache_by": {"full": 0.4}}
     calibration.write(replace(quiet, chip=replace(quiet.chip, reached=reached)))
     chip = hardware.read(hardware.THIS)
     assert replace(chip, name=quiet.chip.name) == replace(quiet.chip, reached=reached)
@@ -110,6 +115,26 @@ def test_sequences_and_experts_add_to_a_step(quiet: Calibration) -> None:
     # Two of three layers have experts, and one token meets four in each.
     assert overhead(1, expert_seconds=1e-3) == pytest.approx(1e-4 + 3e-5 + 8e-3)
     assert 8e-3 < overhead(5, expert_seconds=1e-3) < 24.2e-3
+
+
+def test_prompts_pay_for_layers_that_are_not_replayed_and_for_rows_that_pass_between_matrices(
+    quiet: Calibration,
+) -> None:
+    model = work.model(tiny_model("deepseek_v3").config, weights="bf16", kv_dtype="bf16")
+
+    def overheads(**reached: float) -> tuple[float, float]:
+        chip = replace(quiet.chip, reached={"layer_seconds": 1e-5, "step_seconds": 1e-4} | reached)
+        found = plan.predict(
+            model, hardware="this", chip=chip, devices=1, context=32, batch=1, prices=prices.read(None)
+        )
+        assert found.decode is not None
+        assert found.prefill is not None
+        return found.decode.step.overhead, found.prefill.step.overhead
+
+    assert overheads() == pytest.approx((1e-4 + 3e-5, 1e-4 + 3e-5))
+    assert overheads(prompt_layer_seconds=1e-3) == pytest.approx((1e-4 + 3e-5, 1e-4 + 3e-3))
+    passed = 32 * model.activations / 1e6
+    assert overheads(activations=1e6) == pytest.approx((1e-4 + 3e-5, 1e-4 + 3e-5 + passed))
 
 
 def test_points_of_a_model_beside_their_predictions(quiet: Calibration) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from daedal.bench import energy, small_models
+from daedal.bench import small_models
 from daedal.bench.timing import Timing, repeated
 from daedal.bench.workload import Workload
+from daedal.cost import energy
 from daedal.errors import ConfigError
 from tests.tiny import tiny_model
 

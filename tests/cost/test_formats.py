@@ -1,35 +1,49 @@
 """Sizes of packed weights and cached rows, which the planner counts without torch, against the rooms that make them."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
-from daedal import shapes
+from daedal import packed, shapes
+from daedal.checkpoint.load import load
 from daedal.cost import cached, formats, presets
 from daedal.errors import ConfigError
 from daedal.infer.cache import page_nbytes
-from daedal.model import packing
-from daedal.ops.packed import packed_bytes
-from tests.tiny import tiny_config
+from daedal.model.transformer import Transformer
+from daedal.ops.packed import Packed
+from tests.private_cache import private_cache
+from tests.tiny import tiny_checkpoint, tiny_config
 
-CONFIGS = {name: tiny_config(name) for name in ("llama", "qwen3", "deepseek_v2", "deepseek_v32", "deepseek_v4")}
-CONFIGS["tied"] = tiny_config("llama", tie_word_embeddings=True)
-
-
-@pytest.mark.parametrize("form", packing.WEIGHTS)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_packed_weights_take_what_packing_says(name: str, form: str) -> None:
-    config = CONFIGS[name]
-    slots = shapes.parameters(config)
-    for slot, held in zip(slots, formats.held(config, slots, form), strict=True):
-        kept = packing.kept(slot, config, form)
-        plain = slot.nbytes if slot.role == "hash_table" else slot.numel * (4 if slot.wide else 2)
-        expected = plain if packing.stays_plain(slot, config, form) else 0
-        assert held.nbytes == expected + sum(packed_bytes(one.format, one.shape) for one in kept), slot.name
-        assert held.read <= held.nbytes
+FAMILIES = ("llama", "qwen2", "deepseek_v2", "deepseek_v32", "deepseek_v4")
 
 
-def test_formats_are_those_that_serving_has() -> None:
-    assert (formats.SHIPPED, *packing.WEIGHTS) == formats.WEIGHTS
+@pytest.mark.parametrize("form", packed.WEIGHTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_take_what_a_loaded_model_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, form: str
+) -> None:
+    monkeypatch.setenv("DAEDAL_CACHE", str(private_cache(tmp_path / "cache")))
+    directory = tiny_checkpoint(tmp_path / "tiny", family, tie_word_embeddings=family in ("qwen2", "deepseek_v2"))
+    model = load(directory, weights=form)
+    slots = shapes.parameters(model.config)
+    found = list(formats.held(model.config, slots, form))
+    matrices = [one for module in model.modules() for one in vars(module).values() if isinstance(one, Packed)]
+    plain = [tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)]
+    held = sum(one.data.numel() for one in matrices) + sum(tensor.nbytes for tensor in plain)
+    assert matrices
+    assert sum(one.nbytes for one in found) == held
+    # What is looked up, and one of the two copies of latent attention's keys, is not read by a pass.
+    keys = sum(one.data.numel() for name, one in _named(model) if name == "keys")
+    embedding = 0 if model.lm_head.weight is None else model.embed_tokens.weight.nbytes
+    tables = sum(slot.nbytes for slot in slots if slot.role == "hash_table")
+    assert sum(one.read for one in found) == held - keys - embedding - tables
+
+
+def _named(model: Transformer) -> Iterator[tuple[str, Packed]]:
+    for module in model.modules():
+        yield from ((name, one) for name, one in vars(module).items() if isinstance(one, Packed))
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -44,7 +58,7 @@ def test_cached_rows_take_what_the_cache_allocates(name: str) -> None:
 
 
 def test_formats_that_do_not_exist_or_pack_nothing_are_refused() -> None:
-    config = CONFIGS["llama"]
+    config = tiny_config("llama")
     with pytest.raises(ConfigError, match="--weights is 'int3': it may be shipped, bf16"):
         list(formats.held(config, shapes.parameters(config), "int3"))
     with pytest.raises(ConfigError, match="fp8 packs the rows of latent attention"):

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from daedal.cost import hardware, plan, presets, prices, work
+from daedal.cost import hardware, plan, presets, prices, roofline, work
 from daedal.cost.hardware import Chip
 from daedal.cost.plan import Prediction
 from daedal.errors import ConfigError
@@ -258,3 +258,41 @@ def test_the_error_that_the_command_tells_is_that_of_the_measured_pairs() -> Non
         assert reached.median_error == pytest.approx(groups[kind]["median"], abs=0.002)
         assert reached.ninth_error == pytest.approx(groups[kind]["ninth"], abs=0.002)
         assert groups[kind]["median"] < 0.2
+
+
+def test_few_rows_are_slower_than_the_peak_between_numbers_that_were_measured() -> None:
+    rates = {"bf16": {4: 1e11, 16: 4e11, 64: 5e11}}
+    chip = replace(hardware.read("h200"), peak={"bf16": 1e12}, by_rows=rates)
+    assert [chip.rate("bf16", rows) for rows in (1, 4, 16, 64, 512)] == [1e11, 1e11, 4e11, 5e11, 5e11]
+    assert chip.rate("bf16", 8) == pytest.approx(2e11)
+    assert chip.rate("fp8", 16) == 4e11
+    assert chip.rate("bf16") == replace(chip, by_rows={}).rate("bf16", 4) == 1e12
+    part = work.Part(name="attention", flops=1e11, weight_bytes=1.0, rows=8)
+    reached = replace(hardware.efficiency(chip), compute=1.0)
+    assert roofline.timed(part, chip, reached).seconds == pytest.approx(0.5)
+    assert roofline.timed(replace(part, rows=None), chip, reached).seconds == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match="peak of bf16 with 4 rows"):
+        replace(chip, by_rows={"bf16": {4: 0.0}})
+
+
+def test_each_kind_of_attention_has_its_own_shares_where_they_were_measured() -> None:
+    chip = replace(hardware.read("h200"), bandwidth=1e12, peak={"bf16": 1e15})
+    reached = replace(hardware.efficiency(chip), cache=1.0, attention=1.0)
+    reached = replace(reached, cache_by={"full": 0.5}, attention_by={"latent": 0.25})
+    read, multiplied = work.Part(name="cache", cache_bytes=1e12), work.Part(name="cache", flops=1e15, cache_bytes=1.0)
+    seconds = {
+        (kind, part.flops): roofline.timed(replace(part, kind=kind), chip, reached).seconds
+        for kind in ("full", "latent", None)
+        for part in (read, multiplied)
+    }
+    expected = {("full", 0): 2, ("full", 1e15): 1, ("latent", 0): 1, ("latent", 1e15): 4, (None, 0): 1, (None, 1e15): 1}
+    assert seconds == pytest.approx(expected)
+
+
+def test_experts_get_their_share_of_the_rows() -> None:
+    model = _model("deepseek-v3")
+    experts = {part.name: part for part in work.decode(model, batch=1, context=16)}
+    assert (experts["routed_expert"].rows, experts["dense_mlp"].rows) == (pytest.approx(1.0), 1.0)
+    experts = {part.name: part for part in work.prefill(model, prompts=1, context=4096, chunk=4096)[0]}
+    assert experts["routed_expert"].rows == pytest.approx(4096 * 8 / 256, rel=1e-3)
+    assert (experts["dense_mlp"].rows, experts["head"].rows) == (4096, 1.0)

@@ -1,7 +1,8 @@
 """Joules: read from the processor's own counters (RAPL) where the system lets us, else by a stated model.
 
 RAPL counts what packages and memory draw, of all programs. The model is the processor's design power times the share of
-its time that this process used: an estimate, and called so wherever it is shown. Knows nothing of what runs.
+its time that this process used: an estimate, and called so wherever it is shown. Of an accelerator nothing is read: it
+counts as drawing its peak power while it works. Knows nothing of what runs.
 """
 
 import os
@@ -64,6 +65,18 @@ class Modelled:
 
     def read(self) -> float:
         return self._used() * self._joules_per_second
+
+
+class Steady:
+    """A constant power: of use where only the time between two readings in which something ran is counted."""
+
+    def __init__(self, watts: float, chip: str, *, clock: Callable[[], float] = time.perf_counter):
+        self.watts: float | None = watts
+        self.source = f"a model: {watts:g} W, the peak power of {chip}, while it works"
+        self._watts, self._clock = watts, clock
+
+    def read(self) -> float:
+        return self._clock() * self._watts
 
 
 def meter(watts: float | None, *, root: Path = POWERCAP, cores: int | None = None) -> Meter:
