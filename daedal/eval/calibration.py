@@ -64,14 +64,23 @@ def expected_calibration_error(probabilities: Probabilities, gold: Sequence[int]
 
 def brier_score(probabilities: Probabilities, gold: Sequence[int]) -> float:
     """The mean over items of the squared distance, over all choices, from certainty of the right one: 0 to 2."""
-    squares = [
+    return float(np.mean(brier_scores(probabilities, gold)))
+
+
+def brier_scores(probabilities: Probabilities, gold: Sequence[int]) -> list[float]:
+    """Of each item."""
+    return [
         float(np.sum((np.asarray(row) - np.eye(len(row))[right]) ** 2))
         for row, right in zip(probabilities, gold, strict=True)
     ]
-    return float(np.mean(squares))
 
 
 def negative_log_likelihood(probabilities: Probabilities, gold: Sequence[int]) -> float:
     """The mean over items of -log p(right choice), in nats; a probability of 0 counts as the least that a float has."""
+    return float(np.mean(nats_spent(probabilities, gold)))
+
+
+def nats_spent(probabilities: Probabilities, gold: Sequence[int]) -> list[float]:
+    """Of each item."""
     least = np.finfo(np.float64).tiny
-    return float(np.mean([-np.log(max(row[right], least)) for row, right in zip(probabilities, gold, strict=True)]))
+    return [float(-np.log(max(row[right], least))) for row, right in zip(probabilities, gold, strict=True)]

@@ -44,9 +44,7 @@ def read_items(path: Path, task: str, *, examples: bool = False) -> list[Item]:
     """
     labels: dict[int, int] = {}
     choices: dict[int, dict[int, tuple[str, str]]] = {}
-    for number, line in _lines(path):
-        place = f"{path}, line {number},"
-        row = _parsed(line, place)
+    for place, row in rows_of(path):
         doc_id = _whole(row, "doc_id", place)
         if doc_id >= UNCONDITIONAL:
             continue
@@ -70,6 +68,13 @@ def spread(found: Sequence[Found], count: int) -> list[Found]:
     if count >= len(found):
         return list(found)
     return [found[place * len(found) // count] for place in range(count)]
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """(where it stands, the object) of each line of a file, plain or in .gz. DataError for what is not one."""
+    for number, line in _lines(path):
+        place = f"{path}, line {number},"
+        yield place, _parsed(line, place)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

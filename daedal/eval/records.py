@@ -1,4 +1,4 @@
-"""What a model said to each item and each window, as rows that other work can compare item by item.
+"""What a model said to each item, window and problem, as rows that other work can compare item by item.
 
 Rows are JSON lines, written as soon as they are known: whoever stops a run loses the batch at hand at most. A directory
 of rows belongs to one model, run in one way; rows are found again by the key of what was asked. Knows no models.
@@ -16,7 +16,7 @@ from daedal.errors import DataError
 Norm = Literal["none", "chars", "bytes"]
 NORMS: tuple[Norm, ...] = ("none", "chars", "bytes")
 
-ITEMS, WINDOWS, RUN = "items.jsonl", "windows.jsonl", "run.json"
+ITEMS, WINDOWS, REPLIES, RUN = "items.jsonl", "windows.jsonl", "replies.jsonl", "run.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,9 @@ class ItemRecord:
     """One item and, for each of its choices in order, what the model gave it.
 
     logprobs: natural, of the whole continuation. greedy: whether the model itself would have gone on so. chars and
-    num_bytes: of the continuation without the space before it, as lm-evaluation-harness measures choices.
+    num_bytes: of the continuation without the space before it, as lm-evaluation-harness measures choices. fed: tokens
+    that the model reads to weigh each choice, its context among them, of which all have the first `shared` in common;
+    empty in records older than these fields.
     """
 
     key: str
@@ -36,6 +38,8 @@ class ItemRecord:
     tokens: tuple[int, ...]
     chars: tuple[int, ...]
     num_bytes: tuple[int, ...]
+    fed: tuple[int, ...] = ()
+    shared: int = 0
 
     def predicted(self, norm: Norm = "none") -> int:
         """The choice of the highest log-probability, by `norm` for each character or byte; the first of equals."""
@@ -60,6 +64,31 @@ class WindowRecord:
     num_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplyRecord:
+    """One problem and what the model wrote. found: of that, what counts as its answer, None where nothing does.
+
+    prompt_tokens, tokens: read and written. finish_reason: "length" where the reply was cut off. The rest as `Spent`
+    has it, of this reply in its batch; energy_source: what joules rest on.
+    """
+
+    key: str
+    task: str
+    doc_id: int
+    answer: str
+    text: str
+    found: str | None
+    right: bool
+    prompt_tokens: int
+    tokens: int
+    finish_reason: str
+    flops: float
+    kv_byte_seconds: float
+    device_seconds: float
+    joules: float | None
+    energy_source: str | None
+
+
 class Records:
     """Rows by key. directory: where they are kept; None keeps them in memory alone.
 
@@ -70,6 +99,7 @@ class Records:
     def __init__(self, directory: Path | None = None, identity: Mapping[str, object] | None = None):
         self.items: dict[str, ItemRecord] = {}
         self.windows: dict[str, WindowRecord] = {}
+        self.replies: dict[str, ReplyRecord] = {}
         self._directory = directory
         if directory is not None:
             _claim(directory, dict(identity or {}))
@@ -84,8 +114,9 @@ class Records:
         records._read(directory)
         return records
 
-    def add(self, rows: Iterable[ItemRecord | WindowRecord]) -> None:
+    def add(self, rows: Iterable[ItemRecord | WindowRecord | ReplyRecord]) -> None:
         """Keeps rows, on the disk first."""
+        rows = list(rows)
         for name, kind, held in self._files():
             new = [row for row in rows if isinstance(row, kind)]
             if self._directory is not None and new:
@@ -94,7 +125,11 @@ class Records:
             held.update((row.key, row) for row in new)
 
     def _files(self) -> tuple[tuple[str, type[Any], dict[str, Any]], ...]:
-        return (ITEMS, ItemRecord, self.items), (WINDOWS, WindowRecord, self.windows)
+        return (
+            (ITEMS, ItemRecord, self.items),
+            (WINDOWS, WindowRecord, self.windows),
+            (REPLIES, ReplyRecord, self.replies),
+        )
 
     def _read(self, directory: Path) -> None:
         for name, kind, held in self._files():

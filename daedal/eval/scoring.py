@@ -114,7 +114,7 @@ class _Group:
 
     @classmethod
     def of(cls, index: int, continuations: Sequence[Continuation], sharing: bool) -> "_Group":
-        shared = _common(continuations) if sharing and len(continuations) > 1 else 0
+        shared = common(continuations) if sharing and len(continuations) > 1 else 0
         return cls(index=index, continuations=continuations, shared=shared if shared >= _LEAST_SHARED else 0)
 
     @property
@@ -131,7 +131,7 @@ def _by_length(group: _Group) -> tuple[int, int]:
     return -group.tokens, group.index
 
 
-def _common(continuations: Sequence[Continuation]) -> int:
+def common(continuations: Sequence[Continuation]) -> int:
     """First tokens that are the same in all, less those whose states are needed to weigh a token."""
     least = min(one.start for one in continuations) - 1
     first = continuations[0].ids

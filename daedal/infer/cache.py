@@ -13,7 +13,7 @@ pages these are.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from daedal import ops, shapes
 from daedal.config import ModelConfig
+from daedal.cost import cached
 from daedal.model.batch import GroupRows
 from daedal.ops.packed_rows import PackedRows
 from daedal.ops.rings import RingRows
@@ -42,8 +43,8 @@ def page_nbytes(
     config: ModelConfig, page_size: int, dtype: torch.dtype, *, drafting: bool = False, kv_dtype: KvDtype = "auto"
 ) -> int:
     """Bytes of one page of `page_size` tokens over all layers and slots, rows kept in `dtype` or as `kv_dtype` says."""
-    paged = (slot for slot in shapes.cache(config, drafting=drafting) if not slot.ring)
-    return sum(page_size // slot.rate * _row_nbytes(slot, dtype, kv_dtype) for slot in paged)
+    size = partial(cached.in_eight_bits if kv_dtype == "fp8" else cached.in_numbers, dtype.itemsize)
+    return cached.page_bytes(shapes.cache(config, drafting=drafting), page_size, size)
 
 
 def can_pack(config: ModelConfig) -> bool:
@@ -53,8 +54,8 @@ def can_pack(config: ModelConfig) -> bool:
 
 def state_nbytes(config: ModelConfig, dtype: torch.dtype, *, drafting: bool = False) -> int:
     """Bytes of the rings of one sequence over all layers and slots, rows kept in `dtype`; 0 for most families."""
-    rings = (slot for slot in shapes.cache(config, drafting=drafting) if slot.ring)
-    return sum(_ring_rows(slot) * slot.numel * _kept(slot, dtype).itemsize for slot in rings)
+    size = partial(cached.in_numbers, dtype.itemsize)
+    return cached.ring_bytes(shapes.cache(config, drafting=drafting), size, rewind=REWIND)
 
 
 def _ring_rows(slot: Slot) -> int:
@@ -70,11 +71,6 @@ def _packing(slot: Slot, dtype: torch.dtype, kv_dtype: KvDtype) -> PackedRows | 
         return None
     (dim,) = slot.shape
     return PackedRows(dim - slot.exact, slot.exact, dtype)
-
-
-def _row_nbytes(slot: Slot, dtype: torch.dtype, kv_dtype: KvDtype) -> int:
-    packing = _packing(slot, dtype, kv_dtype)
-    return slot.numel * _kept(slot, dtype).itemsize if packing is None else packing.nbytes
 
 
 class PagedCache:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from daedal import ops
+from daedal.cost.spending import Spent, Tariff
 from daedal.errors import ConfigError, OverloadError, RequestError
 from daedal.infer.admission import Limits
 from daedal.infer.cache import KvDtype
 from daedal.infer.live import Live, Rows
 from daedal.infer.memory import keep_freed_memory, plan_pages
+from daedal.infer.metering import Meter
 from daedal.infer.pace import Pace
 from daedal.infer.pages import PageAllocator
-from daedal.infer.request import Output, Request, SamplingParams
+from daedal.infer.request import Mask, Output, Request, SamplingParams, requests_of
 from daedal.infer.runner import Runner, kept
 from daedal.infer.sampling import Logits, RowSampler, check_finite, verify
 from daedal.infer.scheduler import Chunk, Scheduler, Step
@@ -48,7 +50,7 @@ class EngineStats:
     prompt_tokens_total counts a prompt when it has been read wholly, and once even if it had to be read again.
     num_drafts_total: how often a request's next tokens were drafted; num_drafted_total: tokens so drafted;
     num_accepted_total: those that became part of an answer; num_accepted_at: of them the first drafted, the second, and
-    so on, empty for an engine that does not draft.
+    so on, empty for an engine that does not draft. spent_total: None for an engine without a tariff.
     """
 
     num_running: int
@@ -64,6 +66,7 @@ class EngineStats:
     num_drafted_total: int = 0
     num_accepted_total: int = 0
     num_accepted_at: tuple[int, ...] = ()
+    spent_total: Spent | None = None
 
 
 class Engine:
@@ -81,7 +84,8 @@ class Engine:
     from its steps how many tokens that is; None for no bound, and no effect on a deterministic engine. clock: gives
     seconds.
     kv_cache_dtype: "auto" keeps rows of the past in the model's dtype, "fp8" packs what latent attention
-    keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little.
+    keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little. tariff: by which
+    every request's cost is counted, which its last output then has.
     Raises ConfigError for sizes that cannot be, for a drafter that cannot draft for this model, and for "fp8" without
     latent attention.
     """
@@ -102,6 +106,7 @@ class Engine:
         prefill_ms: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         kv_cache_dtype: KvDtype = "auto",
+        tariff: Tariff | None = None,
     ):
         self._model, self._tokenizer = model, tokenizer
         self._max_batch, self._max_waiting = max_batch, max_waiting
@@ -118,12 +123,10 @@ class Engine:
         )
         if speculate is not None:
             speculate.check(model, plan.context)
-        if deterministic:
-            _check_deterministic(model, speculate, max_batch, max_step_tokens)
+        _check_deterministic(deterministic, model, speculate, max_batch, max_step_tokens)
         if model.device.type == "cpu":
             keep_freed_memory()
-        self._plan = plan
-        self._pages = PageAllocator(plan.num_pages)
+        self._plan, self._pages = plan, PageAllocator(plan.num_pages)
         self._runner = Runner(model, plan, speculate, exact=deterministic)
         self._limits = Limits(
             vocab_size=model.config.vocab_size,
@@ -142,6 +145,7 @@ class Engine:
             chunk=max_step_tokens - max_batch if deterministic else None,
         )
         self._clock, self._pace = clock, _pace(prefill_ms, max_step_tokens)
+        self._meter = None if tariff is None else Meter(model.config, tariff, speculate, clock=clock)
         self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
         self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
@@ -164,7 +168,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             pages_used=pages_used,
             pages_total=self._pages.num_pages,
-            kv_bytes_used=pages_used * self._plan.page_bytes + num_running * self._plan.state_bytes,
+            kv_bytes_used=self._plan.held_bytes(pages_used, sequences=num_running),
             kv_bytes_total=self._plan.nbytes,
             num_preemptions=self._scheduler.num_preemptions,
             prompt_tokens_total=self._prompt_tokens_total,
@@ -173,6 +177,7 @@ class Engine:
             num_drafted_total=self._acceptance.num_drafted,
             num_accepted_total=sum(self._acceptance.accepted_at),
             num_accepted_at=tuple(self._acceptance.accepted_at),
+            spent_total=None if self._meter is None else self._meter.total,
         )
 
     def add(self, request: Request) -> None:
@@ -188,7 +193,13 @@ class Engine:
         params, length = request.params, len(request.prompt)
         self._live[request.id] = Live(
             request=request,
-            sampler=RowSampler(params, request.prompt, vocab_size=self._limits.vocab_size, device=self._model.device),
+            sampler=RowSampler(
+                params,
+                request.prompt,
+                vocab_size=self._limits.vocab_size,
+                device=self._model.device,
+                mask=self._mask(request),
+            ),
             ending=Ending(
                 params,
                 end_ids=self._end_ids,
@@ -205,6 +216,13 @@ class Engine:
         if self._tokenizer is None:
             return None
         return self._tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+
+    def _mask(self, request: Request) -> Mask | None:
+        if request.structure is None:
+            return None
+        if not self._end_ids:
+            raise RequestError("the answer has a form that ends, and the model has no end-of-sequence id: leave it out")
+        return request.structure.begin(vocab_size=self._limits.vocab_size, end_ids=frozenset(self._end_ids))
 
     def check_room(self, count: int) -> None:
         """Raises OverloadError if `count` more requests do not fit now, RequestError if they never could together."""
@@ -229,8 +247,10 @@ class Engine:
         live = self._live.get(request_id)
         if live is None:
             return False
+        spent = None if self._meter is None else self._meter.spent(request_id)
         self._forget(request_id)
-        self._undelivered.append(Output(request_id=request_id, text=live.ending.finish(), finish_reason="cancelled"))
+        text = live.ending.finish()
+        self._undelivered.append(Output(request_id=request_id, text=text, finish_reason="cancelled", spent=spent))
         return True
 
     def step(self) -> list[Output]:
@@ -266,7 +286,7 @@ class Engine:
         All prompts are checked before the first one runs. They may be more than `max_waiting`. Raises RequestError, and
         StepError as `step` does; then, or when interrupted, none of them stays in the engine.
         """
-        requests = _requests(prompts, params)
+        requests = requests_of(prompts, params)
         for request in requests:
             self._limits.check(request)
         if self.has_work:
@@ -299,8 +319,12 @@ class Engine:
         del self._live[request_id]
         self._scheduler.remove(request_id)
         self._runner.forget(request_id)
+        if self._meter is not None:
+            self._meter.forget(request_id)
 
     def _run(self, step: Step) -> list[Output]:
+        if self._meter is not None:
+            self._meter.begin()
         step = self._runner.propose(step)
         rows = Rows.of(step, self._live)
         logits, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
@@ -320,11 +344,15 @@ class Engine:
                 outputs.append(output)
                 self._count(chunk, output)
         self._scheduler.commit(step, {output.request_id: output.ids for output in outputs})
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._forget(output.request_id)
         going_on = {output.request_id: output.ids for output in outputs if output.finish_reason is None}
         self._runner.follow(step, states, going_on)
+        if self._meter is not None:
+            held = {name: self._plan.held_bytes(pages) for name, pages in self._scheduler.held().items()}
+            self._meter.ran(step, rows.counts(), held)
+        for output in outputs:
+            if output.finish_reason is not None:
+                output.spent = None if self._meter is None else self._meter.spent(output.request_id)
+                self._forget(output.request_id)
         return outputs
 
     def _count(self, chunk: Chunk, output: Output) -> None:
@@ -346,8 +374,10 @@ def _pace(prefill_ms: float | None, max_step_tokens: int) -> Pace | None:
 
 
 def _check_deterministic(
-    model: "Transformer", speculate: Speculation | None, max_batch: int, max_step_tokens: int
+    wanted: bool, model: "Transformer", speculate: Speculation | None, max_batch: int, max_step_tokens: int
 ) -> None:
+    if not wanted:
+        return
     if speculate is not None:
         raise ConfigError("deterministic is on and drafts depend on what else runs: leave out one of them")
     if max_step_tokens <= max_batch:
@@ -362,21 +392,3 @@ def _check_deterministic(
         )
     if reason := ops.unrecordable():
         raise ConfigError(f"a deterministic engine needs the native kernels ({reason}): leave deterministic out")
-
-
-def _requests(
-    prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[Request]:
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(prompts)
-    if len(params) != len(prompts):
-        raise RequestError(
-            f"params has {len(params)} entries for {len(prompts)} prompts: give one for each, or one for all",
-            param="params",
-        )
-    requests = []
-    for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
-        # What is no sequence at all goes on as it is, for Request to refuse.
-        ids = tuple(prompt) if isinstance(prompt, Sequence) else prompt
-        requests.append(Request(id=str(index), prompt=ids, params=chosen))
-    return requests

@@ -52,6 +52,9 @@ class Live:
             if text is not None:
                 output.text = (output.text or "") + text
             if output.finish_reason is not None:
+                output.stop = self.ending.stop_string
+                if self.sampler.lost_its_mask:
+                    output.finish_reason = "length"
                 break
         if params.logprobs is not None:
             output.logprobs = list(entries[: len(output.ids)])
@@ -87,6 +90,13 @@ class Rows:
                 rows.sample_rows.extend(range(start + len(chunk.ids) - 1, end))
             start = end
         return rows
+
+    def counts(self) -> dict[str, int]:
+        """Rows of logits of each request that has any."""
+        found = {live.request.id: len(drafts) + 1 for live, drafts in self.samples}
+        for live, targets in self.prompts:
+            found[live.request.id] = found.get(live.request.id, 0) + len(targets)
+        return found
 
     def score_prompts(self, logits_NV: Tensor) -> None:
         """Gives each request its prompt entries; logits of `prompt_rows`."""

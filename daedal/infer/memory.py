@@ -48,7 +48,11 @@ class PagePlan:
     @property
     def nbytes(self) -> int:
         """What the caches allocate, exactly."""
-        return self.num_pages * self.page_bytes + self.num_states * self.state_bytes
+        return self.held_bytes(self.num_pages, sequences=self.num_states)
+
+    def held_bytes(self, num_pages: int, *, sequences: int = 1) -> int:
+        """Bytes of running sequences that have so many pages together."""
+        return num_pages * self.page_bytes + sequences * self.state_bytes
 
 
 def plan_pages(

@@ -8,8 +8,11 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
+
+from daedal.cost.spending import Spent
 from daedal.errors import RequestError
 
 FinishReason = Literal["length", "stop", "cancelled"]
@@ -80,18 +83,46 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
+class Mask(Protocol):
+    """Which tokens may come next in one answer; it follows the answer token by token.
+
+    failed: it could not be worked out any more; from then on it allows but an end, and the answer is a cut one.
+    """
+
+    failed: bool
+
+    def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """bool [V], at least one of them true; None where every token is allowed."""
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with `token`."""
+
+
+class Structure(Protocol):
+    """A rule that answers obey; many requests may share it."""
+
+    def begin(self, *, vocab_size: int, end_ids: frozenset[int]) -> Mask:
+        """For one answer, which may end by one of `end_ids` where the rule is fulfilled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sequence to generate. `prompt`: token ids, at least one. `id`: unique among the engine's live requests."""
+    """One sequence to generate. prompt: token ids, at least one. id: unique among the engine's live requests.
+    structure: what the answer must look like; it then ends by an end-of-sequence id, which so may not be ignored."""
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    structure: Structure | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _token_ids("prompt", self.prompt))
         if not self.prompt:
             raise RequestError("prompt is empty: give at least one token", param="prompt")
+        if self.structure is not None and self.params.ignore_eos:
+            raise RequestError(
+                "ignore_eos is true, and the answer has a form that ends: leave it out", param="ignore_eos"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +144,8 @@ class Output:
     ids: generated ids only, the one that stopped the answer included. text: their text, None without a tokenizer;
     while streaming it lags behind ids where a character or a stop string is still incomplete; what stops the answer,
     string or id, is not part of it. prompt_logprobs: one entry per prompt token, the first None; given once, with the
-    first output.
+    first output. With the last one come stop, the stop string that ended it, if one did, and spent, where the engine
+    has a tariff: what the whole request has cost.
     """
 
     request_id: str
@@ -122,6 +154,8 @@ class Output:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
+    stop: str | None = None
+    spent: Spent | None = None
 
     def extend(self, later: "Output") -> None:
         """Appends what came out of the same request after this."""
@@ -134,6 +168,26 @@ class Output:
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = later.prompt_logprobs
         self.finish_reason = later.finish_reason
+        self.stop, self.spent = later.stop, later.spent
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[Request]:
+    """One request for each prompt, called by its place; `params` for all of them, or one per prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise RequestError(
+            f"params has {len(params)} entries for {len(prompts)} prompts: give one for each, or one for all",
+            param="params",
+        )
+    requests = []
+    for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
+        # What is no sequence at all goes on as it is, for Request to refuse.
+        ids = tuple(prompt) if isinstance(prompt, Sequence) else prompt
+        requests.append(Request(id=str(index), prompt=ids, params=chosen))
+    return requests
 
 
 def _check_integer(name: str, value: int, low: int, high: int) -> None:

@@ -1,8 +1,9 @@
-"""From logits to token ids: every row by its own parameters, penalties and random numbers.
+"""From logits to token ids: every row by its own parameters, penalties, mask and random numbers.
 
-The order: logit_bias; repetition, then frequency and presence penalty; then what `drawing` does. Ties go to the lowest
-id throughout. A row is drawn by inverting its cumulative distribution at one number of its own generator, so the draw
-depends neither on its neighbours in the batch nor on the device. Knows no requests, no text, no cache.
+The order: logit_bias; repetition, then frequency and presence penalty; a structure's mask; then what `drawing` does.
+Ties go to the lowest id throughout. A row is drawn by inverting its cumulative distribution at one number of its own
+generator, so the draw depends neither on its neighbours in the batch nor on the device. Knows no requests, no text, no
+cache.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from daedal.infer.drawing import Array, draw
-from daedal.infer.request import SamplingParams
+from daedal.infer.request import Mask, SamplingParams
 
 LEAST_TEMPERATURE = 1e-5  # below it a draw is greedy: float32 could not hold the quotients
 
@@ -54,14 +55,23 @@ class Logits:
 
 
 class RowSampler:
-    """What one request's choices depend on beside its logits: seen tokens, counted tokens, a random generator.
+    """What one request's choices depend on beside its logits: seen tokens, counted tokens, a random generator, a mask.
 
     adjusts: whether `adjusted` changes anything. draws: whether it takes a random number for each token.
     It outlives preemption, so that a request draws the same numbers whether or not its cache was lost meanwhile.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], *, vocab_size: int, device: torch.device | str):
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        *,
+        vocab_size: int,
+        device: torch.device | str,
+        mask: Mask | None = None,
+    ):
         self.params = params
+        self._mask = mask
         # Random takes a seed and its negative for the same.
         self._random = random.Random(None if params.seed is None else params.seed % 2**64)
         self._seen_V: Tensor | None = None
@@ -76,11 +86,11 @@ class RowSampler:
             bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
             addends = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
             self._bias = bias_ids, addends
-        self.adjusts = any(kept is not None for kept in (self._bias, self._seen_V, self._counts_V))
+        self.adjusts = any(kept is not None for kept in (self._bias, self._seen_V, self._counts_V, mask))
         self.draws = params.temperature >= LEAST_TEMPERATURE
 
     def adjusted(self, logits_V: Tensor) -> Tensor:
-        """float32 logits with bias and penalties applied; the argument is left as it is."""
+        """float32 logits with bias, penalties and mask applied; the argument is left as it is."""
         if self._bias is not None:
             logits_V = logits_V.index_add(0, *self._bias)
         if self._seen_V is not None:
@@ -90,7 +100,16 @@ class RowSampler:
         if self._counts_V is not None:
             logits_V = logits_V - self.params.frequency_penalty * self._counts_V
             logits_V = logits_V - self.params.presence_penalty * (self._counts_V > 0)
+        allowed = None if self._mask is None else self._mask.allowed()
+        if allowed is not None:
+            allowed_V = torch.from_numpy(allowed).to(logits_V.device)
+            logits_V = logits_V.masked_fill(~allowed_V, -math.inf)
         return logits_V
+
+    @property
+    def lost_its_mask(self) -> bool:
+        """Whether the mask could not be worked out to the end."""
+        return self._mask is not None and self._mask.failed
 
     def observe(self, token: int) -> None:
         """Takes note of a token of the answer."""
@@ -98,6 +117,8 @@ class RowSampler:
             self._seen_V[token] = True
         if self._counts_V is not None:
             self._counts_V[token] += 1
+        if self._mask is not None:
+            self._mask.accept(token)
 
     def uniform(self) -> float:
         """The next number of this request's own sequence, in [0, 1)."""

@@ -133,6 +133,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def held(self) -> dict[str, int]:
+        """Pages of each request that runs; with them it has the rings of one state."""
+        return {sequence.id: len(sequence.table) for sequence in self._running}
+
     def add(self, request_id: str, prompt: tuple[int, ...], *, max_answer: int) -> None:
         """Queues a request for at most `max_answer` tokens; 0 feeds the prompt and samples nothing."""
         assert prompt

@@ -12,12 +12,13 @@ from daedal.text.decoding import Detokenizer
 
 
 class StopStrings:
-    """Finds the first stop string in a text that comes in pieces.
+    """Finds the first stop string in a text that comes in pieces; `found`: that one.
 
     Of several, the one that ends first counts, and of those the longest: so the pieces' borders do not matter.
     """
 
     def __init__(self, stops: tuple[str, ...]):
+        self.found: str | None = None
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
 
@@ -27,10 +28,10 @@ class StopStrings:
             return piece, False
         text = self._held + piece
         for end, character in enumerate(piece, start=len(self._held) + 1):
-            found = [len(matcher.stop) for matcher in self._matchers if matcher.feed(character)]
+            found = [matcher.stop for matcher in self._matchers if matcher.feed(character)]
             if found:
-                self._held = ""
-                return text[: end - max(found)], True
+                self._held, self.found = "", max(found, key=len)
+                return text[: end - len(self.found)], True
         num_held = max(matcher.matched for matcher in self._matchers)
         shown = len(text) - num_held
         self._held = text[shown:]
@@ -77,6 +78,11 @@ class Ending:
         self._num_left = min(params.max_tokens, room)
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(params.stop)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the answer."""
+        return self._stop_strings.found
 
     def push(self, token: int) -> tuple[str | None, FinishReason | None]:
         """The text that `token` brings out, and the reason if the answer ends with it.

@@ -20,9 +20,19 @@ from jinja2.exceptions import TemplateError as JinjaError
 from daedal.errors import TemplateError
 from daedal.text.encodings import tokens, v4
 from daedal.text.encodings.answers import Ids, new_call_id
+from daedal.text.encodings.dsml import V32_BLOCK
 from daedal.text.encodings.dsml_stream import DsmlGrammar
 from daedal.text.encodings.formats import FORMATS, R1, V3, V4, V4_0731, V31, V32, DeepSeekFormat
-from daedal.text.encodings.plain import check_messages, check_plain, short
+from daedal.text.encodings.hermes import HERMES_BEGIN, HermesGrammar
+from daedal.text.encodings.plain import check_messages, check_plain, read_object, short
+from daedal.text.encodings.spelling import (
+    HERMES_SPELLING,
+    V3_SPELLING,
+    V4_SPELLING,
+    V31_SPELLING,
+    V32_SPELLING,
+    CallSpelling,
+)
 from daedal.text.encodings.stream import Grammar, StreamParser, starts_in_thought
 from daedal.text.encodings.v3 import V3_CALLS, V31_CALLS
 from daedal.text.files import read_optional, read_text, token_text
@@ -30,6 +40,9 @@ from daedal.text.sandbox import LimitExceeded, Limits, compile_template, render_
 
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _DEFAULT_LIMITS = Limits()
+# Whether a template writes a call's arguments as JSON itself, and whether it knows that they may be JSON already.
+_WRITES_ARGUMENTS = re.compile(r"\barguments\s*\|\s*tojson\b")
+_TAKES_TEXT = re.compile(r"\barguments\s+is\s+(?:not\s+)?(?:string|mapping)\b")
 
 
 class ChatFormat(Protocol):
@@ -41,6 +54,14 @@ class ChatFormat(Protocol):
     @property
     def shows_special_tokens(self) -> bool:
         """Whether answers must be decoded with special tokens visible, for the parser to see them."""
+
+    @property
+    def spelling(self) -> CallSpelling | None:
+        """How tool calls are written; None where that is not known."""
+
+    @property
+    def trims(self) -> bool:
+        """Whether line breaks around a thought are layout."""
 
     def render(
         self,
@@ -117,15 +138,21 @@ class ChatTemplate:
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateFormat:
-    """A checkpoint's own template. grammar: of the tool calls that the template writes; None where it writes none that
-    are known here. thoughts: whether template or tokenizer know think tags. eos: the token that ends an answer."""
+    """A checkpoint's own template. grammar, spelling: of the tool calls that the template writes; None where it writes
+    none that are known here. thoughts: whether template or tokenizer know think tags. eos: the token that ends an
+    answer."""
 
     template: ChatTemplate
     grammar: Callable[[], Grammar] | None = None
+    spelling: CallSpelling | None = None
     thoughts: bool = False
     eos: str = ""
     shows_special_tokens: bool = False
     name: str = "template"
+
+    @property
+    def trims(self) -> bool:
+        return self.thoughts
 
     def render(
         self,
@@ -151,6 +178,8 @@ class TemplateFormat:
         if effort is not None:
             self._must_read("effort", names=("reasoning_effort",), remedy="leave effort out")
             given["reasoning_effort"] = effort
+        if _WRITES_ARGUMENTS.search(self.template.source) and not _TAKES_TEXT.search(self.template.source):
+            messages = [_with_objects(message, f"messages[{index}]") for index, message in enumerate(messages)]
         return self.template.render(messages, add_generation_prompt=add_generation_prompt, **given)
 
     def parser(self, prompt: str, *, calls: bool = True, ids: Ids = new_call_id) -> StreamParser:
@@ -159,7 +188,7 @@ class TemplateFormat:
             self.grammar() if self.grammar is not None and calls else None,
             in_thought=self.thoughts and starts_in_thought(prompt),
             thoughts=self.thoughts,
-            trims=self.thoughts,
+            trims=self.trims,
             eos=self.eos,
             ids=ids,
         )
@@ -256,24 +285,45 @@ def _v3(added: Mapping[str, bool], directory: Path) -> DeepSeekFormat:
 
 
 def _template_format(template: ChatTemplate, added: Mapping[str, bool], directory: Path) -> TemplateFormat:
-    grammar = _grammar(template.source)
+    grammar, spelling = _calls(template.source)
     thoughts = tokens.THINK_END in template.source or {tokens.THINK, tokens.THINK_END} <= set(added)
     return TemplateFormat(
         template=template,
         grammar=grammar,
+        spelling=spelling,
         thoughts=thoughts,
         eos=token_text(read_optional(directory / "tokenizer_config.json").get("eos_token")) or "",
         shows_special_tokens=(thoughts or grammar is not None) and _hidden(added, grammar() if grammar else None),
     )
 
 
-def _grammar(source: str) -> Callable[[], Grammar] | None:
-    """Of the tool calls that a template writes, by the tokens that stand in it."""
+def _calls(source: str) -> tuple[Callable[[], Grammar] | None, CallSpelling | None]:
+    """Parser and spelling of the tool calls that a template writes, by the tokens that stand in it."""
     if tokens.DSML in source:
-        return DsmlGrammar
+        return DsmlGrammar, V32_SPELLING if V32_BLOCK in source else V4_SPELLING
     if tokens.CALLS_BEGIN in source:
-        return (V3_CALLS if "```json" in source else V31_CALLS).grammar
-    return None
+        fenced = "```json" in source
+        return (V3_CALLS if fenced else V31_CALLS).grammar, V3_SPELLING if fenced else V31_SPELLING
+    if HERMES_BEGIN in source and "<function=" not in source:  # the latter is another syntax in the same tags
+        return HermesGrammar, HERMES_SPELLING
+    return None, None
+
+
+def _with_objects(message: Mapping[str, object], where: str) -> Mapping[str, object]:
+    """The message with the arguments of its calls as objects, which OpenAI's API has as JSON text."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        return message
+    return {**message, "tool_calls": [_with_object(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)]}
+
+
+def _with_object(call: object, where: str) -> object:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    given = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(given, str):
+        return call
+    arguments = read_object(given or "{}", f"{where}.function.arguments")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _default(entry: object) -> str | None:

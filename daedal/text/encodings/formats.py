@@ -14,6 +14,7 @@ from daedal.text.encodings.dsml import V4_BLOCK, V32_BLOCK, DsmlReader
 from daedal.text.encodings.dsml_stream import DsmlGrammar
 from daedal.text.encodings.messages import Message, Rules, Wishes, read_messages, read_tools
 from daedal.text.encodings.plain import check_plain, short
+from daedal.text.encodings.spelling import V3_SPELLING, V4_SPELLING, V31_SPELLING, V32_SPELLING, CallSpelling
 from daedal.text.encodings.stream import Grammar, StreamParser, starts_in_thought
 
 _CHAT = ("system", "user", "assistant", "tool")
@@ -37,6 +38,7 @@ class DeepSeekFormat:
     write: Callable[[Sequence[Message], Wishes], str]
     read: Callable[[str, bool], Answer]
     grammar: Callable[[], Grammar]
+    spelling: CallSpelling
     tokens: tuple[str, ...]
     thinks: tuple[bool, ...] = (True, False)
     thinks_by_default: bool = False
@@ -159,6 +161,7 @@ V3 = DeepSeekFormat(
     write=v3.write_v3,
     read=v3.V3_CALLS.read_answer,
     grammar=v3.V3_CALLS.grammar,
+    spelling=V3_SPELLING,
     tokens=_TURN,
     thinks=(False,),
     takes_tools=False,
@@ -169,6 +172,7 @@ R1 = DeepSeekFormat(
     write=v3.write_r1,
     read=v3.V3_CALLS.read_answer,
     grammar=v3.V3_CALLS.grammar,
+    spelling=V3_SPELLING,
     tokens=(*_TURN, *_THOUGHT),
     thinks=(True,),
     thinks_by_default=True,
@@ -181,6 +185,7 @@ V31 = DeepSeekFormat(
     write=v3.write_v31,
     read=v3.V31_CALLS.read_answer,
     grammar=v3.V31_CALLS.grammar,
+    spelling=V31_SPELLING,
     tokens=(*_TURN, *_THOUGHT),
     thinks_with_tools=False,
 )
@@ -190,6 +195,7 @@ V32 = DeepSeekFormat(
     write=v32.write_v32,
     read=DsmlReader(block=V32_BLOCK).read_answer,
     grammar=DsmlGrammar,
+    spelling=V32_SPELLING,
     tokens=(*_TURN, *_THOUGHT),
     variables=("response_format",),
 )
@@ -204,6 +210,7 @@ V4 = DeepSeekFormat(
     write=v4.write_v4,
     read=DsmlReader(block=V4_BLOCK).read_answer,
     grammar=DsmlGrammar,
+    spelling=V4_SPELLING,
     tokens=(*_TURN, *_THOUGHT, tokens.DSML, tokens.LATEST_REMINDER, *tokens.TASKS.values()),
     thinks_by_default=True,
     efforts={"high": "", "max": v4.ABSOLUTE},
