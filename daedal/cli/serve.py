@@ -3,7 +3,8 @@
 Takes the port before it loads anything, so that a port in use is said at once. Requests are the business of `serve/`.
 """
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,11 +19,18 @@ from daedal.cli.opening import (
     KvCacheOption,
     Limits,
     ModelArgument,
+    Opened,
     open_model,
     say,
 )
+from daedal.cli.tariff import CostOption, HardwareOption, PriceOption, PricesOption, Rates
 from daedal.cli.units import in_bytes
 from daedal.cli.weights import WeightsOption
+from daedal.cost.spending import Tariff
+
+if TYPE_CHECKING:
+    from daedal.serve.keys import Keys
+    from daedal.serve.service import Service
 
 PrefillOption = Annotated[
     float,
@@ -30,6 +38,10 @@ PrefillOption = Annotated[
         help="Milliseconds that a step may read prompts while answers wait for their next token. How many tokens "
         "that is, the engine learns; with --deterministic it has no effect."
     ),
+]
+
+KeysOption = Annotated[
+    Path | None, typer.Option(help="A TOML file of keys and their limits; with it nobody is served without a key.")
 ]
 
 
@@ -54,6 +66,11 @@ def command(
     prefill_ms: PrefillOption = 100.0,
     speculate: SpeculateOption = None,
     draft_tokens: DraftTokensOption = None,
+    cost: CostOption = False,
+    hardware: HardwareOption = None,
+    prices: PricesOption = None,
+    price: PriceOption = None,
+    keys: KeysOption = None,
 ) -> None:
     """Serve a model over HTTP, with a chat page at /."""
     limits = Limits(
@@ -66,10 +83,14 @@ def command(
         kv_cache_dtype=kv_cache_dtype,
     )
     drafting = Drafting(speculate=speculate, draft_tokens=draft_tokens)
+    rates = Rates(hardware=hardware, prices=prices, price=price)
+    from daedal.checkpoint.load import resolve_device
+    from daedal.serve.keys import Keys
     from daedal.serve.server import bind, run
-    from daedal.serve.service import Service
 
     with bind(host, port) as sock:
+        known = None if keys is None else Keys.read(keys)
+        tariff = rates.tariff(resolve_device(device))
         opened = open_model(
             model,
             device=device,
@@ -78,19 +99,36 @@ def command(
             limits=limits,
             chat_format=chat_format,
             drafting=drafting,
+            tariff=tariff,
         )
-        if opened.without_chat is not None:
-            say(f"no chat, completions only: {opened.without_chat}")
-        engine = opened.engine
-        cache = in_bytes(engine.stats().kv_bytes_total)
-        say(f"up to {engine.max_context} tokens a request, {max_batch} requests at once, {cache} of KV cache")
-        service = Service(
-            engine=engine,
-            tokenizer=opened.tokenizer,
-            chat_format=opened.chat_format,
-            model_name=name or opened.name,
-            aliases=frozenset({model}),
-            total_params=opened.total_params,
-            active_params=opened.active_params,
-        )
-        run(service, sock)
+        _tell(opened, max_batch)
+        run(_service(opened, name or opened.name, model, tariff, known, shows_cost=cost), sock)
+
+
+def _tell(opened: Opened, max_batch: int) -> None:
+    if opened.without_chat is not None:
+        say(f"no chat, completions only: {opened.without_chat}")
+    engine = opened.engine
+    cache = in_bytes(engine.stats().kv_bytes_total)
+    say(f"up to {engine.max_context} tokens a request, {max_batch} requests at once, {cache} of KV cache")
+
+
+def _service(
+    opened: Opened, name: str, alias: str, tariff: Tariff, keys: "Keys | None", *, shows_cost: bool
+) -> "Service":
+    from daedal.serve.ancestry import beside_original
+    from daedal.serve.service import Service
+
+    return Service(
+        engine=opened.engine,
+        tokenizer=opened.tokenizer,
+        chat_format=opened.chat_format,
+        model_name=name,
+        aliases=frozenset({alias}),
+        total_params=opened.total_params,
+        active_params=opened.active_params,
+        keys=keys,
+        tariff=tariff,
+        shows_cost=shows_cost,
+        compared=beside_original(opened.directory, name, opened.model.config),
+    )

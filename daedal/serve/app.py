@@ -1,7 +1,8 @@
 """The web application: which path leads where, and the headers that every answer carries.
 
-`/v1/...` is the OpenAI API; `/health`, `/ready` and `/metrics` are for machines that look after this one; `/` is the
-chat page and `/stats` its live numbers. Knows nothing of sockets and processes.
+`/v1/...` is the OpenAI API, with Anthropic's Messages beside it; `/tokenize` and `/detokenize` show tokens; `/health`,
+`/ready` and `/metrics` are for machines that look after this one; `/` is the chat page and `/stats` its live numbers.
+Knows nothing of sockets and processes.
 """
 
 import asyncio
@@ -23,8 +24,12 @@ from daedal.errors import DaedalError
 from daedal.serve.chat import ChatEndpoint
 from daedal.serve.completions import CompletionEndpoint
 from daedal.serve.errors import ApiError, answer_error
+from daedal.serve.keys import KeyGate
 from daedal.serve.limits import unknown_model
+from daedal.serve.messages import MessagesEndpoint
+from daedal.serve.responses import ResponsesEndpoint
 from daedal.serve.service import Service
+from daedal.serve.token_routes import TokenRoutes
 from daedal.serve.worker import GenerationFailed, WorkerStopped
 
 _PAGE = Path(__file__).parent / "page"
@@ -38,10 +43,11 @@ _SECURITY = {
 
 def build_app(service: Service) -> Starlette:
     """The application for one service, whose worker lives as long as the application does."""
+    gate = [] if service.keys is None else [Middleware(KeyGate, service.keys)]
     handled = (ApiError, DaedalError, GenerationFailed, HTTPException, WorkerStopped, Exception)
     app = Starlette(
-        routes=[*_api_routes(service), *_watch_routes(service), *_page_routes()],
-        middleware=[Middleware(_SecurityHeaders)],
+        routes=[*_model_routes(service), *_api_routes(service), *_watch_routes(service), *_page_routes()],
+        middleware=[Middleware(_SecurityHeaders), *gate],
         exception_handlers={kind: answer_error for kind in handled},
         lifespan=_lifespan(service),
     )
@@ -64,7 +70,7 @@ def _lifespan(service: Service) -> Callable[[Starlette], AbstractAsyncContextMan
     return lifespan
 
 
-def _api_routes(service: Service) -> list[Route]:
+def _model_routes(service: Service) -> list[Route]:
     model = {
         "id": service.model_name,
         "object": "model",
@@ -85,8 +91,22 @@ def _api_routes(service: Service) -> list[Route]:
     return [
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", one_model, methods=["GET"]),
+    ]
+
+
+def _api_routes(service: Service) -> list[Route]:
+    responses, messages, tokens = ResponsesEndpoint(service), MessagesEndpoint(service), TokenRoutes(service)
+    return [
         Route("/v1/chat/completions", ChatEndpoint(service).answer, methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(service).answer, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/input_tokens", responses.count, methods=["POST"]),
+        Route("/v1/responses/{name}", responses.retrieve, methods=["GET"]),
+        Route("/v1/responses/{name}", responses.delete, methods=["DELETE"]),
+        Route("/v1/messages", messages.create, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
     ]
 
 

@@ -2,25 +2,22 @@
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from daedal.infer.request import Output, TokenLogprobs
+from daedal.infer.request import TokenLogprobs
+from daedal.serve.asking import Asked, ask
 from daedal.serve.body import read_object
 from daedal.serve.chat_protocol import ChatBody
+from daedal.serve.costs import cost_json
 from daedal.serve.delivery import EventStream, nobody, unless_gone
-from daedal.serve.errors import ApiError
-from daedal.serve.generation import Choice, Generation, collect, new_id, usage
-from daedal.serve.limits import admit, room
+from daedal.serve.generation import Generation, new_id, spent, usage
+from daedal.serve.keys import charge_of
 from daedal.serve.logprob_rows import chat_rows
-from daedal.serve.prompt import write_prompt
 from daedal.serve.protocol import StreamOptions
 from daedal.serve.service import Service
-from daedal.serve.turn import Turn, delta_json, message_json
-from daedal.text.chat import ChatFormat
+from daedal.serve.turn import delta_json, message_json
 from daedal.text.encodings.answers import Delta
 
 
@@ -32,31 +29,21 @@ class ChatEndpoint:
 
     async def answer(self, request: Request) -> Response:
         body = ChatBody.read(await read_object(request))
-        admit(self._service, body)
-        format = self._format()
-        choices = await run_in_threadpool(self._choices, body, format)
-        turns = [Turn(format.parser(choice.text, calls=body.looks_for_calls)) for choice in choices]
+        asked = await ask(self._service, body, new_id("chatcmpl"), charge=charge_of(request))
         head = {
-            "id": new_id("chatcmpl"),
+            "id": asked.request_id,
             "created": int(time.time()),
             "model": self._service.model_name,
             "system_fingerprint": self._service.fingerprint,
         }
         if body.stream:
-            generation = await Generation.begin(self._service, str(head["id"]), choices)
-            return EventStream(generation, self._chunks(generation, choices, turns, head, body))
-        whole = await unless_gone(request, self._whole(choices, turns, head, body))
+            generation = await asked.begin()
+            return EventStream(generation, self._chunks(generation, asked, head, body))
+        whole = await unless_gone(request, self._whole(asked, head, body))
         return nobody() if whole is None else JSONResponse(whole)
 
-    async def _whole(
-        self, choices: list[Choice], turns: list[Turn], head: Mapping[str, object], body: ChatBody
-    ) -> dict[str, object]:
-        said: list[list[Delta]] = [[] for _ in turns]
-
-        def follow(index: int, output: Output) -> None:
-            said[index] += turns[index].take(output)
-
-        answers = await collect(self._service, str(head["id"]), choices, follow)
+    async def _whole(self, asked: Asked, head: Mapping[str, object], body: ChatBody) -> dict[str, object]:
+        answers, said = await asked.whole()
         messages = [
             {
                 "index": index,
@@ -64,37 +51,15 @@ class ChatEndpoint:
                 "logprobs": self._logprobs(answer.logprobs) if body.logprobs else None,
                 "finish_reason": turn.finish_reason(answer.finish_reason),
             }
-            for index, (turn, deltas, answer) in enumerate(zip(turns, said, answers, strict=True))
+            for index, (turn, deltas, answer) in enumerate(zip(asked.turns, said, answers, strict=True))
         ]
         num_generated = sum(len(answer.ids) for answer in answers)
         return {
             **head,
             "object": "chat.completion",
             "choices": messages,
-            "usage": _usage(choices, num_generated, turns),
+            "usage": _usage(asked, num_generated, cost_json(self._service, body, spent(answers))),
         }
-
-    def _format(self) -> ChatFormat:
-        service = self._service
-        if service.chat_format is None:
-            sentence = (
-                f"the model {service.model_name!r} has no chat format: use /v1/completions, or name a format to the "
-                f"server with --chat-format"
-            )
-            raise ApiError(400, sentence, param="model", code="no_chat_template")
-        return service.chat_format
-
-    def _choices(self, body: ChatBody, format: ChatFormat) -> list[Choice]:
-        text = write_prompt(body, format)
-        prompt = tuple(self._service.tokenizer.encode(text, add_special_tokens=False))
-        max_tokens = room(self._service, prompt, body.asked_tokens(), param="messages")
-        choices = []
-        for index in range(body.num_choices):
-            params = body.sampling(choice=index, max_tokens=max_tokens, logprobs=body.num_logprobs)
-            if format.shows_special_tokens:
-                params = replace(params, skip_special_tokens=False)
-            choices.append(Choice(prompt=prompt, params=params, text=text))
-        return choices
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
         return {"content": chat_rows(self._service.tokenizer, entries), "refusal": None}
@@ -102,17 +67,17 @@ class ChatEndpoint:
     async def _chunks(
         self,
         generation: Generation,
-        choices: list[Choice],
-        turns: list[Turn],
+        asked: Asked,
         head: Mapping[str, object],
         body: ChatBody,
     ) -> AsyncIterator[Mapping[str, object]]:
         options = body.stream_options or StreamOptions()
         head = {**head, "object": "chat.completion.chunk"}
+        turns = asked.turns
         begun: set[int] = set()
         async for index, output in generation:
             deltas = [delta_json(delta) for delta in turns[index].take(output)]
-            tally = _usage(choices, generation.num_generated, turns) if options.continuous_usage_stats else None
+            tally = _usage(asked, generation.num_generated) if options.continuous_usage_stats else None
             if index not in begun:
                 begun.add(index)
                 opening = {"role": "assistant", "content": "", "refusal": None, **delta_json(Delta())}
@@ -129,7 +94,8 @@ class ChatEndpoint:
                 )
                 yield {**head, "choices": [choice], "usage": tally}
         if options.include_usage:
-            yield {**head, "choices": [], "usage": _usage(choices, generation.num_generated, turns)}
+            cost = cost_json(self._service, body, generation.spent)
+            yield {**head, "choices": [], "usage": _usage(asked, generation.num_generated, cost)}
 
 
 def _chunk_choice(
@@ -138,5 +104,5 @@ def _chunk_choice(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _usage(choices: Sequence[Choice], num_generated: int, turns: Sequence[Turn]) -> dict[str, object]:
-    return usage(len(choices[0].prompt), num_generated, sum(turn.reasoning_tokens for turn in turns))
+def _usage(asked: Asked, num_generated: int, cost: Mapping[str, object] | None = None) -> dict[str, object]:
+    return usage(asked.num_prompt, num_generated, asked.num_reasoning, cost=cost)

@@ -1,8 +1,8 @@
 """The body of `POST /v1/chat/completions`: a conversation, tools, and how the answer is to think.
 
 Checked here is what holds for every chat format; what a format has no place for it refuses itself when the prompt is
-written (see `prompt`). DeepSeek's own fields (`thinking`, `reasoning_content`) stand beside OpenAI's. Knows nothing of
-HTTP, models or text.
+written (see `prompt`). DeepSeek's own fields (`thinking`, `reasoning_content`, `prefix`) stand beside OpenAI's. What
+the answer must look like is read here and made a rule of in `rules`. Knows nothing of HTTP, models or text.
 """
 
 import json
@@ -48,10 +48,11 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: list[dict[str, object]] | None = None
     tool_call_id: str | None = None
+    prefix: bool | None = None
 
     def fields_beside_content(self) -> dict[str, object]:
         """What was given of the fields above."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "content"}
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name not in ("content", "prefix")}
         return {name: value for name, value in fields.items() if value is not None}
 
     def check(self, where: str) -> None:
@@ -67,7 +68,7 @@ class Message(BaseModel):
 
 
 class Function(BaseModel):
-    """What a model may call. parameters: a JSON schema, which is shown to the model and not enforced."""
+    """What a model may call. parameters: a JSON schema. strict: it is enforced; else it is only shown to the model."""
 
     model_config = ConfigDict(strict=True)
 
@@ -88,6 +89,49 @@ class _Tools(BaseModel):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 
+class _Name(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The one function that the model is to call."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["function"]
+    function: _Name
+
+
+class SchemaFormat(BaseModel):
+    """`schema`: what the answer must match, whether or not `strict` says so."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    definition: Annotated[dict[str, object] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the answer's text must be: anything, a JSON object, or JSON that matches a schema."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @property
+    def schema_of_answer(self) -> dict[str, object] | None:
+        """None for any text."""
+        if self.type == "text":
+            return None
+        given = self.json_schema.definition if self.json_schema is not None else None
+        return {"type": "object"} if given is None else given
+
+
 class Thinking(BaseModel):
     """DeepSeek's switch."""
 
@@ -104,10 +148,11 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[dict[str, object]] | None = None
-    tool_choice: object = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     thinking: Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
     chat_template_kwargs: dict[str, object] | None = None
 
     def asked_tokens(self) -> int | None:
@@ -118,9 +163,23 @@ class ChatBody(GenerationBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a tool call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
     def looks_for_calls(self) -> bool:
         """Whether tool calls are told from content. `auto` alone will do, for tools that the messages describe."""
-        return self.tool_choice == "auto" or (self.tool_choice is None and bool(self.tools))
+        return self.must_call or self.tool_choice == "auto" or (self.tool_choice is None and bool(self.tools))
+
+    @property
+    def callable_tools(self) -> tuple[Function, ...]:
+        """The functions that the answer may call: of a named tool that one alone."""
+        functions = tuple(tool.function for tool in validated(_Tools, {"tools": self.tools or []}).tools)
+        if isinstance(self.tool_choice, NamedTool):
+            named = self.tool_choice.function.name
+            return tuple(function for function in functions if function.name == named)[:1]
+        return functions if self.looks_for_calls else ()
 
     def shown_tools(self) -> list[dict[str, object]] | None:
         """The definitions that the model is to see, without fields that say nothing to it."""
@@ -132,7 +191,12 @@ class ChatBody(GenerationBody):
         self._check_numbers()
         for index, message in enumerate(self.messages):
             message.check(f"messages.{index}")
+        self._check_prefix()
         self._check_tools()
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
+            sentence = "response_format.json_schema is missing: give it with a name and a schema"
+            raise ApiError(400, sentence, param="response_format.json_schema")
         taken = _TAKEN & (self.chat_template_kwargs or {}).keys()
         if taken:
             sentence = f"chat_template_kwargs sets {min(taken)}, which the server sets itself: leave it out"
@@ -149,19 +213,30 @@ class ChatBody(GenerationBody):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs is given without logprobs: set logprobs to true", param="top_logprobs")
 
+    def _check_prefix(self) -> None:
+        for index, message in enumerate(self.messages):
+            if not message.prefix:
+                continue
+            param = f"messages.{index}.prefix"
+            if message.role != "assistant" or index + 1 < len(self.messages) or index == 0:
+                sentence = f"{param} is true: only the last message may begin the answer, as the assistant's"
+                raise ApiError(400, sentence, param=param)
+            if message.tool_calls:
+                raise ApiError(400, f"{param} is true and the message calls tools: leave out one of them", param=param)
+
     def _check_tools(self) -> None:
-        if self.tool_choice not in (None, "auto", "none"):
-            sentence = f"tool_choice is {shown(self.tool_choice)}: only auto and none are supported"
-            raise ApiError(400, f"{sentence}, leave it out", param="tool_choice", code="unsupported_parameter")
-        if self.parallel_tool_calls is False and self.looks_for_calls:
-            sentence = "parallel_tool_calls is false, and nothing holds the model to one call: leave it out"
-            raise ApiError(400, sentence, param="parallel_tool_calls", code="unsupported_parameter")
         checked = validated(_Tools, {"tools": self.tools or []})
-        for index, tool in enumerate(checked.tools):
-            if tool.function.strict:
-                param = f"tools.{index}.function.strict"
-                sentence = f"{param} is true, and no schema is enforced by this server: leave it out"
-                raise ApiError(400, sentence, param=param, code="unsupported_parameter")
+        if self.must_call and not self.callable_tools:
+            named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+            sentence = "tool_choice is required and there are no tools: give some"
+            if named is not None:
+                sentence = f"tool_choice names {shown(named)}, which is none of the tools: name one of them"
+            raise ApiError(400, sentence, param="tool_choice")
+        names = [tool.function.name for tool in checked.tools]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                param = f"tools.{index}.function.name"
+                raise ApiError(400, f"{param} is {shown(name)}, as of a tool before it: give each its own", param=param)
         try:
             check_plain(self.tools, "tools")
         except TemplateError as error:

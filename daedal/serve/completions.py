@@ -1,16 +1,19 @@
 """`POST /v1/completions`: texts or token ids in, their continuations out, whole or as they come."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from daedal.cost.spending import Spent
 from daedal.infer.request import Output
 from daedal.serve.body import read_object
+from daedal.serve.costs import cost_json
 from daedal.serve.delivery import EventStream, nobody, unless_gone
-from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, usage
+from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, spent, usage
+from daedal.serve.keys import charge_of
 from daedal.serve.limits import admit, room
 from daedal.serve.logprob_rows import CompletionRows, joined
 from daedal.serve.protocol import CompletionBody, StreamOptions
@@ -36,9 +39,11 @@ class CompletionEndpoint:
             "system_fingerprint": self._service.fingerprint,
         }
         if body.stream:
-            generation = await Generation.begin(self._service, str(head["id"]), choices)
+            generation = await Generation.begin(self._service, str(head["id"]), choices, charge_of(request))
             return EventStream(generation, self._chunks(generation, choices, num_prompt, head, body))
-        answers = await unless_gone(request, collect(self._service, str(head["id"]), choices))
+        answers = await unless_gone(
+            request, collect(self._service, str(head["id"]), choices, charge=charge_of(request))
+        )
         if answers is None:
             return nobody()
         pairs = zip(choices, answers, strict=True)
@@ -46,7 +51,7 @@ class CompletionEndpoint:
             {
                 **head,
                 "choices": [self._choice(index, *pair, body) for index, pair in enumerate(pairs)],
-                "usage": usage(num_prompt, sum(len(answer.ids) for answer in answers)),
+                "usage": self._usage(num_prompt, sum(len(one.ids) for one in answers), body, spent(answers)),
             }
         )
 
@@ -108,4 +113,13 @@ class CompletionEndpoint:
             tally = usage(num_prompt, generation.num_generated) if options.continuous_usage_stats else None
             yield {**head, "choices": [choice], "usage": tally}
         if options.include_usage:
-            yield {**head, "choices": [], "usage": usage(num_prompt, generation.num_generated)}
+            yield {
+                **head,
+                "choices": [],
+                "usage": self._usage(num_prompt, generation.num_generated, body, generation.spent),
+            }
+
+    def _usage(
+        self, num_prompt: int, num_generated: int, body: CompletionBody, spent: Iterable[Spent]
+    ) -> dict[str, object]:
+        return usage(num_prompt, num_generated, cost=cost_json(self._service, body, spent))

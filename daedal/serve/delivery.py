@@ -1,19 +1,20 @@
 """How an answer reaches its client, and what happens when the client leaves: its requests are cancelled.
 
 A whole answer is awaited while the connection is watched; a streamed one goes out as server-sent events, as Starlette
-sends any stream. Knows nothing of what an answer holds.
+sends any stream, in the dialect of its API. Knows nothing of what an answer holds.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from daedal.serve.errors import as_api_error
+from daedal.serve.errors import ApiError, as_api_error
 from daedal.serve.generation import Generation
 
 T = TypeVar("T")
@@ -44,15 +45,30 @@ def nobody() -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """named: an event's `type` stands on a line of its own too. done: `[DONE]` comes last. failure: the event for an
+    exception under way."""
+
+    named: bool = False
+    done: bool = True
+    failure: Callable[[ApiError], Mapping[str, object]] = ApiError.body
+
+
+_CHUNKS = Dialect()
+
+
 class EventStream(StreamingResponse):
     """Server-sent events that cancel their generation however they end: finished, failed, or nobody listens.
 
-    An exception while the answer is under way becomes one event with an error object. `[DONE]` always comes last.
+    An exception while the answer is under way becomes one event with an error object.
     """
 
-    def __init__(self, generation: Generation, chunks: AsyncIterator[Mapping[str, object]]):
+    def __init__(
+        self, generation: Generation, chunks: AsyncIterator[Mapping[str, object]], *, dialect: Dialect = _CHUNKS
+    ):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(_events(chunks), media_type="text/event-stream", headers=headers)
+        super().__init__(_events(chunks, dialect), media_type="text/event-stream", headers=headers)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,14 +78,17 @@ class EventStream(StreamingResponse):
             self._generation.close()
 
 
-async def _events(chunks: AsyncIterator[Mapping[str, object]]) -> AsyncIterator[bytes]:
+async def _events(chunks: AsyncIterator[Mapping[str, object]], dialect: Dialect) -> AsyncIterator[bytes]:
     try:
         async for chunk in chunks:
-            yield _event(chunk)
+            yield _event(chunk, dialect)
     except Exception as error:
-        yield _event(as_api_error(error).body())
-    yield b"data: [DONE]\n\n"
+        yield _event(dialect.failure(as_api_error(error)), dialect)
+    if dialect.done:
+        yield b"data: [DONE]\n\n"
 
 
-def _event(value: Mapping[str, object]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+def _event(value: Mapping[str, object], dialect: Dialect) -> bytes:
+    name = f"event: {value['type']}\n".encode() if dialect.named else b""
+    data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return name + b"data: " + data + b"\n\n"

@@ -1,7 +1,8 @@
 """Refusals as the OpenAI API words them: a status, and one object with message, type, param and code.
 
 Everything that can go wrong below this floor is given its status here, in one table. What is not in the table is a
-defect: the client gets a general sentence, the log gets the traceback.
+defect: the client gets a general sentence, the log gets the traceback. Anthropic's paths get the same object in the
+envelope that its clients read, with the types that they know.
 """
 
 import logging
@@ -17,6 +18,16 @@ from daedal.serve.worker import GenerationFailed, WorkerStopped
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -44,8 +55,16 @@ class ApiError(Exception):
         """The object that goes over the wire."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+    def anthropic_body(self) -> dict[str, object]:
+        """The same for Anthropic's clients."""
+        fallback = "invalid_request_error" if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_KINDS.get(self.status, fallback)
+        error = {"type": kind, "message": self.message, "param": self.param, "code": self.code}
+        return {"type": "error", "error": error}
+
+    def response(self, path: str = "") -> JSONResponse:
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -78,7 +97,8 @@ def as_api_error(error: Exception) -> ApiError:
 
 def _from_routing(error: HTTPException) -> ApiError:
     if error.status_code == 404:
-        return ApiError(404, "no such path: see /v1/models, /v1/chat/completions and /v1/completions", code="not_found")
+        sentence = "no such path: see /v1/models, /v1/chat/completions, /v1/completions, /v1/responses and /v1/messages"
+        return ApiError(404, sentence, code="not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         sentence = f"this path does not know the method: use {allowed}"
@@ -88,4 +108,4 @@ def _from_routing(error: HTTPException) -> ApiError:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for every exception."""
-    return as_api_error(error).response()
+    return as_api_error(error).response(request.url.path)

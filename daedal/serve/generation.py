@@ -5,21 +5,24 @@ Both endpoints share it. It deals in ids and texts; how a choice looks in JSON i
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from daedal.infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from daedal.cost.spending import Spent
+from daedal.infer.request import FinishReason, Output, Request, SamplingParams, Structure, TokenLogprobs
+from daedal.serve.keys import Charge, free
 from daedal.serve.service import Service
 from daedal.serve.worker import GenerationFailed, Stream, WorkerStopped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One answer to be generated. `text`: the prompt's text, where it is needed again."""
+    """One answer to be generated. text: the prompt's, where it is needed again. structure: what the answer obeys."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
     text: str = ""
+    structure: Structure | None = None
 
 
 @dataclass(kw_only=True)
@@ -31,6 +34,8 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop: str | None = None
+    spent: Spent | None = None
 
     def extend(self, output: Output) -> None:
         self.ids.extend(output.ids)
@@ -38,12 +43,26 @@ class Answer:
         self.logprobs.extend(output.logprobs or ())
         self.prompt_logprobs.extend(output.prompt_logprobs or ())
         self.finish_reason = output.finish_reason
+        self.stop, self.spent = output.stop, output.spent
 
 
 class Generation:
-    """The choices of one API request while they are generated; iterate for (choice's index, what is new)."""
+    """The choices of one API request while they are generated; iterate for (choice's index, what is new).
 
-    def __init__(self, service: Service, stream: Stream, request_id: str, choices: Sequence[Choice], arrived: float):
+    num_generated: tokens so far. spent: by the choices that have ended, where costs are counted.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        stream: Stream,
+        request_id: str,
+        choices: Sequence[Choice],
+        arrived: float,
+        charge: Charge = free,
+    ):
+        self._charge = charge
+        charge(sum(len(choice.prompt) for choice in choices))
         self._metrics = service.metrics
         self._stream = stream
         self._arrived = arrived
@@ -52,17 +71,25 @@ class Generation:
         self._unfinished = set(self._indices.values())
         self._ending = "abort"
         self.num_generated = 0
+        self.spent: list[Spent] = []
 
     @classmethod
-    async def begin(cls, service: Service, request_id: str, choices: Sequence[Choice]) -> "Generation":
+    async def begin(
+        cls, service: Service, request_id: str, choices: Sequence[Choice], charge: Charge = free
+    ) -> "Generation":
         """Hands all choices to the engine or none; raises its refusals."""
         arrived = time.monotonic()
         requests = [
-            Request(id=_engine_id(request_id, index), prompt=choice.prompt, params=choice.params)
+            Request(
+                id=_engine_id(request_id, index),
+                prompt=choice.prompt,
+                params=choice.params,
+                structure=choice.structure,
+            )
             for index, choice in enumerate(choices)
         ]
         stream = await service.worker.submit(requests)
-        return cls(service, stream, request_id, choices, arrived)
+        return cls(service, stream, request_id, choices, arrived, charge)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
         try:
@@ -86,6 +113,9 @@ class Generation:
     def _count(self, index: int, output: Output) -> None:
         now = time.monotonic()
         self.num_generated += len(output.ids)
+        self._charge(len(output.ids))
+        if output.spent is not None:
+            self.spent.append(output.spent)
         if output.ids:
             if index in self._latest:
                 self._metrics.next_tokens(now - self._latest[index], len(output.ids))
@@ -98,10 +128,14 @@ class Generation:
 
 
 async def collect(
-    service: Service, request_id: str, choices: Sequence[Choice], follow: Callable[[int, Output], object] | None = None
+    service: Service,
+    request_id: str,
+    choices: Sequence[Choice],
+    follow: Callable[[int, Output], object] | None = None,
+    charge: Charge = free,
 ) -> list[Answer]:
     """All answers, in the order of the choices. follow: sees (choice's index, what is new) as it comes."""
-    generation = await Generation.begin(service, request_id, choices)
+    generation = await Generation.begin(service, request_id, choices, charge)
     answers = [Answer() for _ in choices]
     try:
         async for index, output in generation:
@@ -113,6 +147,11 @@ async def collect(
     return answers
 
 
+def spent(answers: Iterable[Answer]) -> list[Spent]:
+    """What each answer cost, where costs are counted."""
+    return [answer.spent for answer in answers if answer.spent is not None]
+
+
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
@@ -121,11 +160,15 @@ def _engine_id(request_id: str, index: int) -> str:
     return f"{request_id}-{index}"
 
 
-def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, object]:
-    return {
+def usage(
+    prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0, *, cost: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """What was read and written. cost: the fields that say what it cost, where they are to be said."""
+    told: dict[str, object] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
+    return {**told, **(cost or {})}

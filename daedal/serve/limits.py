@@ -6,19 +6,26 @@ itself.
 
 from collections.abc import Sequence
 
+from daedal.serve.costs import check_cost
 from daedal.serve.errors import ApiError
 from daedal.serve.protocol import GenerationBody
 from daedal.serve.service import Service
 
 
 def admit(service: Service, body: GenerationBody) -> None:
-    """Refuses what names another model, or comes before the server is ready."""
+    """Refuses what names another model, comes before the server is ready, or asks for costs that nobody counts."""
     if not service.ready:
         headers = {"Retry-After": "1"}
         sentence = "the server is not ready: try again shortly"
         raise ApiError(503, sentence, code="unavailable", kind="server_error", headers=headers)
-    if body.model is not None and body.model not in (service.model_name, *service.aliases):
-        raise unknown_model(service, body.model)
+    check_model(service, body.model)
+    check_cost(service, body)
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Refuses another model's name."""
+    if name is not None and name not in (service.model_name, *service.aliases):
+        raise unknown_model(service, name)
 
 
 def unknown_model(service: Service, name: str) -> ApiError:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from daedal.cost.spending import Spent
 from daedal.infer.engine import EngineStats
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -18,11 +19,11 @@ _WHOLE_REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 
 
 class Metrics:
-    """One server's metrics; times are in seconds."""
+    """One server's metrics; times are in seconds. model_name: whose costs are told."""
 
-    def __init__(self, stats: Callable[[], EngineStats]):
+    def __init__(self, stats: Callable[[], EngineStats], model_name: str):
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats))
+        self._registry.register(_EngineCollector(stats, model_name))
         ProcessCollector(registry=self._registry)
         self._finished = Counter(
             "daedal:request_success", "Requests that ended, by reason.", ["finished_reason"], registry=self._registry
@@ -64,8 +65,8 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]):
-        self._stats = stats
+    def __init__(self, stats: Callable[[], EngineStats], model_name: str):
+        self._stats, self._model_name = stats, model_name
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -93,6 +94,24 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"daedal:{name}", text, value)
         for name, text, value in counters:
             yield CounterMetricFamily(f"daedal:{name}", text, value)
+        if stats.spent_total is not None:
+            yield from _costs(stats.spent_total, self._model_name)
+
+
+def _costs(spent: Spent, model_name: str) -> Iterator[Metric]:
+    """Of all requests, cancelled ones and the warm-up included; without what nobody measured or told."""
+    totals: list[tuple[str, str, float | None]] = [
+        ("cost_flops", "Arithmetic of all requests; a multiply-add counts 2.", spent.flops),
+        ("cost_kv_byte_seconds", "Bytes of the cache that requests held, times how long.", spent.kv_byte_seconds),
+        ("cost_device_seconds", "Time that steps took.", spent.device_seconds),
+        ("cost_joules", "Energy of the steps, measured or modelled.", spent.joules),
+        ("cost_dollars", "Money that the steps came to by the price chosen at start.", spent.dollars),
+    ]
+    for name, text, value in totals:
+        if value is not None:
+            family = CounterMetricFamily(f"daedal:{name}", text, labels=["model_name"])
+            family.add_metric([model_name], value)
+            yield family
 
 
 def _accepted_per_position(stats: EngineStats) -> Metric:

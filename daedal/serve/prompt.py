@@ -1,7 +1,8 @@
 """From a chat request to the text that the model continues, as the checkpoint's chat format writes it.
 
 Several fields of a request may say whether the answer is to think: they must agree. What the format refuses is laid to
-the field that brought it. Knows nothing of engines and answers.
+the field that brought it. A last message with `prefix` is the answer's beginning: the model goes on from it. Knows
+nothing of engines and answers.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,20 @@ from daedal.serve.errors import ApiError
 from daedal.serve.protocol import shown
 from daedal.text.chat import ChatFormat
 from daedal.text.encodings.formats import DeepSeekFormat
+from daedal.text.encodings.stream import starts_in_thought
+from daedal.text.encodings.tokens import THINK_END
 
 # The API's levels by those that formats have: the first of these, where the level itself is not one.
-_NEAREST = {"minimal": ("low", "high"), "low": ("high",), "medium": ("high",), "xhigh": ("high",)}
+_NEAREST = {"minimal": ("low", "high"), "low": ("high",), "medium": ("high",), "xhigh": ("high",), "ultra": ("max",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the model continues. opening: the same without what a prefix brought, as far as it says whether the answer
+    begins inside a thought."""
+
+    text: str
+    opening: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +41,30 @@ class _Wishes:
     thinking_param: str = "thinking"
 
 
-def write_prompt(body: ChatBody, format: ChatFormat) -> str:
-    """The prompt's text; ApiError 400 names the field that contradicts another or has no place in the format."""
-    messages = [_as_format_reads(message, format) for message in body.messages]
+def write_prompt(body: ChatBody, format: ChatFormat) -> Prompt:
+    """The prompt; ApiError 400 names the field that contradicts another or has no place in the format."""
+    begun = body.messages[-1] if body.messages[-1].prefix else None
+    told = body.messages if begun is None else body.messages[:-1]
+    messages = [_as_format_reads(message, format) for message in told]
     wishes = _wishes(body, format)
     try:
-        return _render(format, messages, wishes)
+        text = _render(format, messages, wishes)
     except TemplateError as error:
         raise ApiError(400, str(error), param=_at_fault(format, messages, wishes)) from error
+    return Prompt(text=text, opening=text) if begun is None else _continued(text, begun, len(told))
+
+
+def _continued(text: str, begun: Message, index: int) -> Prompt:
+    """The prompt and the beginning of the answer to it: a thought, closed where content follows it."""
+    thought, content = begun.reasoning_content or "", "".join(begun.content or "")
+    if not starts_in_thought(text):
+        if thought:
+            param = f"messages.{index}.reasoning_content"
+            raise ApiError(400, f"{param} begins a thought, and the answer is not to think: leave it out", param=param)
+        return Prompt(text=text + content, opening=text)
+    if not content:
+        return Prompt(text=text + thought, opening=text)
+    return Prompt(text=text + thought + THINK_END + content, opening=text + THINK_END)
 
 
 def _as_format_reads(message: Message, format: ChatFormat) -> dict[str, object]:
@@ -66,6 +94,9 @@ def _wishes(body: ChatBody, format: ChatFormat) -> _Wishes:
         params = " and ".join(dict.fromkeys(param for param, _ in chosen))
         raise ApiError(400, f"{params} contradict each other on thinking: give one of them", param=chosen[-1][0])
     param, thinking = chosen[0] if chosen else ("thinking", None)
+    schema = None if body.response_format is None else body.response_format.schema_of_answer
+    if schema is not None and isinstance(format, DeepSeekFormat) and "response_format" in format.variables:
+        variables.setdefault("response_format", schema)
     return _Wishes(
         thinking=thinking,
         effort=_effort(body.reasoning_effort, format),

@@ -8,7 +8,7 @@ Knows nothing of HTTP, models or text.
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -152,6 +152,7 @@ class GenerationBody(BaseModel):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = Field(default_factory=dict)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    include_cost: bool | None = None
 
     @property
     def num_choices(self) -> int:
@@ -190,14 +191,11 @@ class GenerationBody(BaseModel):
     @classmethod
     def read(cls, body: Mapping[str, object]) -> Self:
         """Checks a body's fields; ApiError 400 names the first one at fault."""
-        for name, unused in _UNSUPPORTED.items():
-            if name in body and name not in cls.model_fields and body[name] not in unused:
-                sentence = f"{name} is not supported by this server: leave it out"
-                raise ApiError(400, sentence, param=name, code="unsupported_parameter")
+        refuse_unsupported(
+            body, {name: unused for name, unused in _UNSUPPORTED.items() if name not in cls.model_fields}
+        )
         parsed = validated(cls, body)
-        unknown = sorted((parsed.model_extra or {}).keys() - _IGNORED - _UNSUPPORTED.keys())
-        if unknown:
-            logger.warning("fields that this server does not know were ignored: %s", shown(unknown))
+        warn_unknown(parsed.model_extra, _IGNORED | _UNSUPPORTED.keys())
         if parsed.stream_options is not None and not parsed.stream:
             raise ApiError(400, "stream_options is given without stream: set stream to true", param="stream_options")
         parsed.check()
@@ -228,6 +226,21 @@ class CompletionBody(GenerationBody):
                 f"{len(self.prompt)} prompts times n make {total} choices, {MAX_PROMPTS_TIMES_CHOICES} are allowed"
             )
             raise ApiError(400, f"{sentence}: send several requests", param="n" if self.num_choices > 1 else "prompt")
+
+
+def refuse_unsupported(body: Mapping[str, object], unsupported: Mapping[str, tuple[object, ...]]) -> None:
+    """ApiError 400 for a field that this server does not have; unsupported: by field the values that mean nothing."""
+    for name, unused in unsupported.items():
+        if name in body and body[name] not in unused:
+            sentence = f"{name} is not supported by this server: leave it out"
+            raise ApiError(400, sentence, param=name, code="unsupported_parameter")
+
+
+def warn_unknown(extra: Mapping[str, object] | None, known: Collection[str]) -> None:
+    """Logs the fields that nobody reads."""
+    unknown = sorted((extra or {}).keys() - set(known))
+    if unknown:
+        logger.warning("fields that this server does not know were ignored: %s", shown(unknown))
 
 
 def validated(kind: type[Body], body: Mapping[str, object]) -> Body:

@@ -8,13 +8,19 @@ import hashlib
 import logging
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from daedal.cost.spending import Tariff
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
+from daedal.serve.keys import Keys
 from daedal.serve.metrics import Metrics
+from daedal.serve.stored import StoredResponses
 from daedal.serve.worker import Worker
 from daedal.text.chat import ChatFormat
+from daedal.text.structure.structures import Structures
 from daedal.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -28,6 +34,8 @@ class Service:
 
     model_name: what clients call it; aliases: other names that they may use, such as its path. chat_format: None for a
     model that only completes text. total_params and active_params: of the model, for the page; None where unknown.
+    keys: who may ask; None for anybody. tariff: the engine's; None where it counts no costs. shows_cost: in every
+    answer, also where nobody asks. compared: of `ancestry`, for the page.
     """
 
     engine: Engine
@@ -37,11 +45,17 @@ class Service:
     aliases: frozenset[str] = frozenset()
     total_params: int | None = None
     active_params: int | None = None
+    keys: Keys | None = None
+    tariff: Tariff | None = None
+    shows_cost: bool = False
+    compared: Sequence[Mapping[str, Any]] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.worker = Worker(self.engine)
-        self.metrics = Metrics(self.worker.stats)
+        self.metrics = Metrics(self.worker.stats, self.model_name)
+        self.stored = StoredResponses()
+        self.structures = Structures(self.tokenizer)
         self.warmed = asyncio.Event()
         self.failure: Exception | None = None
         identity = f"{self.model_name}/{self.total_params}/{self.max_context}"
@@ -84,9 +98,11 @@ class Service:
             "model": self.model_name,
             "ready": self.ready,
             "chat": self.chat_format is not None,
+            "counts_cost": self.tariff is not None,
             "max_context": self.max_context,
             "total_params": self.total_params,
             "active_params": self.active_params,
+            "compared": list(self.compared),
             "num_running": stats.num_running,
             "num_waiting": stats.num_waiting,
             "kv_bytes_used": stats.kv_bytes_used,

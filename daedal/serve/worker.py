@@ -228,6 +228,7 @@ class Worker:
             for request_id in self._fail(tuple(self._live), error):
                 self._engine.cancel(request_id)
             return
+        self._stats = self._engine.stats()  # who reads an answer finds it counted
         for output in outputs:
             stream = self._live.get(output.request_id)
             if stream is None:

@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [*DAEDAL, "serve", str(checkpoint), "--port", "0", "--max-context", "128", "--cache-gb", "0.01"]
+    command = [*DAEDAL, "serve", str(checkpoint), "--port", "0", "--max-context", "128", "--cache-gb", "0.01", "--cost"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -49,6 +49,12 @@ def test_serves_says_so_and_ends_when_told(server: subprocess.Popen[str]) -> Non
     numbers = json.loads(_get(f"{address}/stats")[1])
     assert 0 < numbers["active_params"] < numbers["total_params"]
     assert numbers["max_context"] == 128
+    asked = urllib.request.Request(f"{address}/v1/completions", json.dumps({"prompt": "It is"}).encode())
+    with urllib.request.urlopen(asked, timeout=30) as reply:
+        cost = json.loads(reply.read())["usage"]["cost_details"]
+    assert cost["flops"] > 0
+    assert cost["joules"] >= 0
+    assert "x utilisation of" in cost["energy_source"] or "RAPL" in cost["energy_source"]
     os.killpg(server.pid, signal.SIGTERM)
     _, err = server.communicate(timeout=15)
     assert server.returncode == 0

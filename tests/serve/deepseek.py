@@ -36,9 +36,13 @@ FAMILIES = {
 }
 
 
-def deepseek_checkpoint(directory: Path, name: str, *, special: Iterable[str] = ENDS) -> Path:
-    """Without a template. name: of the format that it is for. special: added tokens that decoding may skip."""
-    tiny_checkpoint(directory, FAMILIES[name], chat=False, vocab_size=384)
+def deepseek_checkpoint(
+    directory: Path, name: str, *, special: Iterable[str] = ENDS, family: str | None = None, **changes: object
+) -> Path:
+    """Without a template. name: of the format that it is for. special: added tokens that decoding may skip. family,
+    changes: of the model, if not the one that the format is for.
+    """
+    tiny_checkpoint(directory, family or FAMILIES[name], chat=False, vocab_size=384, **changes)
     tokenizer = tiny_tokenizer()
     added = dict.fromkeys((*FORMATS[name].tokens, *TAGS))
     tokenizer.add_tokens([AddedToken(token, special=token in special, normalized=False) for token in added])

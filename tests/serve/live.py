@@ -52,12 +52,12 @@ def _once_ready(service: Service, address: str) -> str:
     raise AssertionError("the server did not become ready")
 
 
-def real_service(directory: Path, **engine: int) -> Service:
+def real_service(directory: Path, *, chat: bool = True, **engine: int) -> Service:
     tokenizer = Tokenizer.load(directory)
     return Service(
         engine=Engine(load(directory), tokenizer=tokenizer, **engine),
         tokenizer=tokenizer,
-        chat_format=load_format(directory),
+        chat_format=load_format(directory) if chat else None,
         model_name=MODEL,
         total_params=1000,
         active_params=250,
@@ -79,6 +79,7 @@ class Stats:
     num_drafted_total: int = 0
     num_accepted_total: int = 0
     num_accepted_at: tuple[int, ...] = ()
+    spent_total: None = None
 
 
 class ScriptedEngine:
@@ -141,6 +142,7 @@ class ScriptedEngine:
                 output.ids.append(next(ids))
                 text, output.finish_reason = ending.push(output.ids[-1])
                 output.text += text
+            output.stop = ending.stop_string
             self._num_generated += len(output.ids)
             if output.finish_reason is not None:
                 del self._live[request_id]

@@ -19,6 +19,7 @@ from daedal.text.encodings.tokens import DSML, THINK_END
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.deepseek import deepseek_checkpoint, talking
 from tests.serve.live import ScriptedEngine, scripted_service, serving
+from tests.serve.metered import TARIFF, metered_service
 
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run
@@ -250,6 +251,52 @@ def test_a_thought_is_folded_above_its_answer_and_calls_stand_below(
         ]
         assert talk.said.prompts[-1] == FORMATS["deepseek-v4"].render(asked)
         assert outside_and_errors(browser, address) == ([], [])
+
+
+def test_an_answer_says_what_it_cost(browser: webdriver.Chrome, checkpoint: Path, tmp_path: Path) -> None:
+    with serving(metered_service(checkpoint, max_context=96)) as address:
+        as_seen(browser, width=390, height=800, scheme="light")
+        browser.get(address)
+        until(browser, lambda _: text_of(browser, "#model") == "tiny")
+        say(browser, "Hello?")
+        until(browser, lambda _: text_of(browser, ".turn.assistant .cost"))
+        dollars, joules, work, cache = text_of(browser, ".turn.assistant .cost").split(" · ")
+        assert float(dollars.removeprefix("$")) > 0
+        assert float(joules.removesuffix(" J").replace(",", "")) > 0
+        assert work.split()[1] in ("MFLOP", "GFLOP")
+        assert cache.endswith("iB·s of cache")
+        line = browser.find_element(By.CSS_SELECTOR, ".turn.assistant .cost")
+        assert line.get_attribute("title") == f"energy: {TARIFF.energy.source}; price: rented"
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        browser.save_screenshot(str(tmp_path / "cost.png"))
+        assert outside_and_errors(browser, address.removesuffix("/")) == ([], [])
+
+
+def test_a_converted_model_stands_beside_its_original(
+    browser: webdriver.Chrome, checkpoint: Path, tmp_path: Path
+) -> None:
+    row = {"context": 4096, "active_params": 106e6, "decode_flops_per_token": 3.2e8}
+    service = metered_service(checkpoint, max_context=96)
+    service.compared = (
+        {**row, "name": "latent", "kv_bytes_per_token": 11520, "perplexity_ratio": 1.0312},
+        {**row, "name": "dense", "kv_bytes_per_token": 23040, "perplexity_ratio": 1.0},
+    )
+    with serving(service) as address:
+        as_seen(browser, width=390, height=800, scheme="light")
+        browser.get(address)
+        until(browser, lambda _: browser.find_element(By.ID, "compared").is_displayed())
+        rows = browser.find_elements(By.CSS_SELECTOR, "#compared tr")
+        cells = [[cell.text for cell in each.find_elements(By.CSS_SELECTOR, "th, td")] for each in rows]
+        assert cells == [
+            ["", "latent", "dense"],
+            ["Cache per token", "11 KiB", "23 KiB"],
+            ["Parameters per token", "106 M", "106 M"],
+            ["Work per token after 4,096", "320 MFLOP", "320 MFLOP"],
+            ["Perplexity of real text", "× 1.031", "× 1.000"],
+        ]
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        browser.save_screenshot(str(tmp_path / "compared.png"))
+        assert outside_and_errors(browser, address.removesuffix("/")) == ([], [])
 
 
 RENDERED = {

@@ -57,7 +57,7 @@ BAD_CHAT: list[tuple[str, dict[str, object], str]] = [
     ("too many top_logprobs", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("logprobs as a number", {"logprobs": 5}, "logprobs"),
     ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ("JSON mode", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("another format", {"response_format": {"type": "grammar"}}, "response_format.type"),
     ("sound", {"modalities": ["text", "audio"]}, "modalities"),
     ("a prediction", {"prediction": {"type": "content", "content": "x"}}, "prediction"),
     ("template variables of the server", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

@@ -17,6 +17,7 @@ const input = byId("input");
 let messages = []; // {role, content, reasoning_content}, as the API takes them
 let running = null; // the AbortController of the answer under way
 let canChat = true;
+let countsCost = false; // whether the server can say what an answer cost
 
 async function send(text) {
   const question = { role: "user", content: text };
@@ -57,6 +58,7 @@ async function receive(asked, signal, answer) {
     tool_choice: "auto", // a call is shown as one, although the page offers no tools
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
+    ...(countsCost ? { include_cost: true } : {}),
     ...SAMPLING,
   };
   const response = await fetch("/v1/chat/completions", {
@@ -123,6 +125,7 @@ class Answer {
   take(chunk) {
     const count = chunk.usage?.completion_tokens ?? 0;
     if (count) this.measure(count);
+    this.cost = chunk.usage?.cost_details ?? this.cost;
     const delta = chunk.choices[0]?.delta;
     if (!delta?.content && !delta?.reasoning_content && !delta?.tool_calls) return;
     this.thought += delta.reasoning_content ?? "";
@@ -195,6 +198,7 @@ class Answer {
     this.show();
     if (stopped) this.element.append(note("Stopped."));
     else if (!this.text.trim() && !this.calls.length) this.element.append(note("The model gave an empty answer."));
+    if (this.cost) this.element.append(costLine(this.cost));
     if (follow) scrollToEnd();
   }
 }
@@ -215,6 +219,45 @@ function showCall({ name, arguments: text }) {
 
 function note(text) {
   return make("p", "note", text);
+}
+
+// What the answer cost, in one quiet line; what the figures rest on is said where the pointer rests.
+function costLine(cost) {
+  const parts = [work(cost.flops), `${bytes(cost.kv_byte_seconds)}·s of cache`];
+  if (cost.joules !== null) parts.unshift(`${figures(cost.joules)} J`);
+  if (cost.dollars !== null) parts.unshift(`$${figures(cost.dollars)}`);
+  const element = make("p", "note cost", parts.join(" · "));
+  const sources = [cost.energy_source && `energy: ${cost.energy_source}`, cost.price && `price: ${cost.price}`];
+  element.title = sources.filter(Boolean).join("; ");
+  return element;
+}
+
+// What a token costs with a converted model and with the one that it was made of, and how well they do.
+function showCompared(models) {
+  const table = byId("compared");
+  if (!models?.length || !table.hidden) return;
+  const context = new Intl.NumberFormat("en").format(models[0].context);
+  const measures = [
+    ["", (model) => model.name],
+    ["Cache per token", (model) => bytes(model.kv_bytes_per_token)],
+    ["Parameters per token", (model) => amount(model.active_params)],
+    [`Work per token after ${context}`, (model) => work(model.decode_flops_per_token)],
+    ["Perplexity of real text", (model) => `× ${model.perplexity_ratio.toFixed(3)}`],
+  ];
+  for (const [index, [title, told]] of measures.entries()) {
+    const row = table.insertRow();
+    row.append(make("th", "", title), ...models.map((model) => make(index ? "td" : "th", "", told(model))));
+  }
+  table.hidden = false;
+}
+
+function work(flops) {
+  return scaled(flops, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"]);
+}
+
+// Two figures that count, and no exponent.
+function figures(value) {
+  return new Intl.NumberFormat("en", { maximumSignificantDigits: 2 }).format(value);
 }
 
 function make(tag, className, text = "") {
@@ -299,6 +342,8 @@ function pollIn(milliseconds) {
 }
 
 function showStats(stats) {
+  countsCost = stats.counts_cost;
+  showCompared(stats.compared);
   byId("model").textContent = stats.model;
   byId("model").title = stats.model;
   document.title = `${stats.model} – Daedal`;
@@ -319,11 +364,14 @@ function showStats(stats) {
 }
 
 function bytes(count) {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  return scaled(count, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]);
+}
+
+function scaled(count, step, units) {
   let value = count;
   let unit = 0;
-  while (value >= 1024 && unit < units.length - 1) {
-    value /= 1024;
+  while (value >= step && unit < units.length - 1) {
+    value /= step;
     unit += 1;
   }
   return `${value.toFixed(unit && value < 10 ? 1 : 0)} ${units[unit]}`;

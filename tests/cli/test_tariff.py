@@ -1,0 +1,87 @@
+"""By what costs are counted: a machine that was measured, hardware that is named, prices, and contradictions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from daedal.cli.tariff import Rates
+from daedal.cost import energy
+from daedal.cost.hardware import CALIBRATION
+from daedal.errors import ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CHIP = {
+    "name": "a test",
+    "kind": "measured",
+    "memory_bytes": 1e10,
+    "bandwidth": 1e10,
+    "peak": {"bf16": 1e11},
+    "watts_peak": 44.0,
+}
+OWN = """
+[[owned]]
+hardware = "this"
+label = "mine"
+dollars = 876
+years = 1
+utilisation = 0.1
+source = "a test"
+date = "2026-11-22"
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a machine that counts no energy."""
+    monkeypatch.setenv("DAEDAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(energy, "_zones", lambda root: [])
+    (tmp_path / "own.toml").write_text(OWN)
+    return tmp_path
+
+
+def calibrate(home: Path) -> None:
+    (home / CALIBRATION).write_text(json.dumps(CHIP))
+
+
+def test_a_machine_that_nobody_measured_still_counts_joules() -> None:
+    tariff = Rates().tariff(CPU)
+    assert tariff.price is None
+    assert tariff.energy is not None
+    assert "assumed" in tariff.energy.source
+    assert Rates().tariff(GPU).energy is None
+
+
+def test_a_measured_machine_is_this(home: Path) -> None:
+    calibrate(home)
+    plain, priced = Rates().tariff(CPU), Rates(prices=home / "own.toml").tariff(CPU)
+    assert plain.energy is not None
+    assert plain.energy.watts == 44.0
+    assert plain.price is None
+    assert priced.price is not None
+    assert priced.price.label == "mine"
+    assert priced.price.dollars_per_second == pytest.approx(1 / 3600)
+    assert priced.price.dollars_per_joule > 0
+
+
+def test_hardware_that_is_named(home: Path) -> None:
+    tariff = Rates(hardware="h200").tariff(GPU)
+    assert isinstance(tariff.energy, energy.Steady)
+    assert tariff.energy.watts == 700.0
+    assert tariff.price is not None
+    assert tariff.price.dollars_per_second == pytest.approx(1.41 / 3600)
+    with pytest.raises(ConfigError, match=r"h100 has several prices, .*: choose one with --price"):
+        Rates(hardware="h100").tariff(GPU)
+    assert Rates(hardware="h100", price="rented").tariff(GPU).price is not None
+    with pytest.raises(ConfigError, match="hardware is 'abacus'"):
+        Rates(hardware="abacus").tariff(CPU)
+    with pytest.raises(ConfigError, match="this machine has not been measured"):
+        Rates(hardware="this").tariff(CPU)
+
+
+@pytest.mark.parametrize("given", ["prices", "price"])
+def test_prices_of_nothing_are_refused(home: Path, given: str) -> None:
+    value = home / "own.toml" if given == "prices" else "mine"
+    with pytest.raises(ConfigError, match=f"--{given} is given and nobody knows of which hardware: name it"):
+        Rates(**{given: value}).tariff(CPU)
