@@ -1,4 +1,4 @@
-"""Where Daedal keeps what it fetched or made: models, packed weights, compiled kernels."""
+"""Where Daedal keeps what it fetched or made: models, packed weights, kernels; and models that come with the code."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,9 @@ def cache_directory() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser().absolute() / "daedal"
     return Path.home() / ".cache" / "daedal"
+
+
+def bundles() -> dict[str, Path]:
+    """The models that come with the package, each as what it does not share with another (`checkpoint.bundles`)."""
+    found = sorted((Path(__file__).resolve().parent / "bundled").glob("*/bundle.json"))
+    return {path.parent.name: path.parent for path in found}

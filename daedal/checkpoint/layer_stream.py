@@ -16,8 +16,9 @@ from daedal.config import ModelConfig
 from daedal.errors import CheckpointError
 from daedal.model.batch import RaggedBatch
 from daedal.model.forward_pass import ForwardPass
-from daedal.model.packing import HEAD, assign
+from daedal.model.packing import assign
 from daedal.model.transformer import empty
+from daedal.packed import HEAD
 from daedal.shapes import Slot, parameters
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from daedal.checkpoint import huge_pages
 from daedal.errors import CheckpointError
-from daedal.ops.packed import FORMATS, Packed, packed_bytes
+from daedal.ops.packed import Packed
+from daedal.packed import FORMATS, packed_bytes
 
 VERSION = 1
 FOLDER = "packed"  # where both files lie: below the user's cache, or in a checkpoint that is packed itself

@@ -2,7 +2,7 @@
 
 A checkpoint is packed on the first load with a format, into `packed/` of the cache; later loads map the file. What was
 packed is known again by its files' names, sizes and times and by config.json. An entry that is damaged or out of date
-is made anew. Formats by slot are `model.packing`'s business, codes are `repacking`'s, bytes are `packed_files`'.
+is made anew. Formats by slot are facts of `daedal.packed`, codes are `repacking`'s business, bytes `packed_files`'.
 """
 
 import hashlib
@@ -22,9 +22,10 @@ from daedal.checkpoint.shards import Shards
 from daedal.checkpoint.staging import disk_errors, locked, require_space, staged
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError, ConfigError
-from daedal.model.packing import WEIGHTS, Kept, assign, check, kept, stays_plain
+from daedal.model.packing import assign, check
 from daedal.model.transformer import Transformer, empty
 from daedal.ops.packed import Packed
+from daedal.packed import WEIGHTS, Kept, kept, stays_plain
 from daedal.places import cache_directory
 from daedal.shapes import Slot, drafting, parameters
 

@@ -30,7 +30,7 @@ from daedal.checkpoint.writing import SHARD_BYTES, STAGING, Planned, publish, pu
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError, ConfigError
 from daedal.layouts import Piece
-from daedal.model.packing import HEAD
+from daedal.packed import HEAD
 from daedal.shapes import Slot, drafting, parameters
 
 FORMATS = ("bf16", "fp8", "fp4")

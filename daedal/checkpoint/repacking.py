@@ -2,7 +2,7 @@
 
 FP8 and FP4 codes that a file holds are taken over where the wanted format has the same numbers; all else is expanded
 exactly and rounded once. A stack of experts comes expert by expert, and a large plain matrix some panels at a time:
-panels know nothing of one another. Which slot gets which format, `model.packing` says; writes nothing.
+panels know nothing of one another. Which slot gets which format, `daedal.packed` says; writes nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from daedal import layouts
 from daedal.checkpoint.contents import Contents, Stored
 from daedal.errors import CheckpointError
-from daedal.model.packing import Kept
 from daedal.ops import formats
 from daedal.ops.integers import BLOCK, quantise_int4, quantise_int8, quantise_int8_blocks
-from daedal.ops.packed import FORMATS, PANEL, Packed, pack
+from daedal.ops.packed import Packed, pack
+from daedal.packed import FORMATS, PANEL, Kept
 from daedal.shapes import Slot
 
 _SLAB = 2**24  # numbers of a plain matrix at a time

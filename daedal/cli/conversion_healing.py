@@ -1,6 +1,8 @@
 """What `daedal convert` asks of `distill`: whether the original may be learnt from, records, and the healing itself."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from daedal.train.loop import StepReport
 
 HEALED, TEXT = "healed", "text"
-UNKNOWN = "unknown"  # the licence of a text that is named on the command line
 
 
 def check_permission(wishes: "Wishes") -> None:
@@ -28,9 +29,9 @@ def check_permission(wishes: "Wishes") -> None:
 
 
 def document_conversion(
-    checkpoint: Path, wishes: "Wishes", texts: Sequence[Path], reports: "Sequence[StageReport]"
+    checkpoint: Path, wishes: "Wishes", licences: Mapping[Path, str], reports: "Sequence[StageReport]"
 ) -> None:
-    """The records beside a converted checkpoint, unless they are there."""
+    """The records beside a converted checkpoint, unless they are there. licences: of the texts."""
     from daedal.distill.documents import document
     from daedal.distill.licence import RECORD
     from daedal.distill.provenance import Data, Model, Provenance
@@ -42,7 +43,7 @@ def document_conversion(
     described = Provenance(
         name=wishes.destination.name,
         parent=Model.of(wishes.source),
-        data=[Data.of(path, role="calibration", licence=UNKNOWN) for path in texts],
+        data=[Data.of(path, role="calibration", licence=licence) for path, licence in licences.items()],
         stages=[report.record() for report in reports],
         metrics={"perplexity ratio": quality.ratio, "divergence": quality.divergence},
         lost=(
@@ -54,14 +55,17 @@ def document_conversion(
 
 
 def heal_converted(
-    conversion: "Conversion", student: Path, wishes: "Wishes", texts: Sequence[Path], display: FetchDisplay
+    conversion: "Conversion", student: Path, wishes: "Wishes", licences: Mapping[Path, str], display: FetchDisplay
 ) -> "tuple[StageReport, Path]":
-    """The report of the last stage, and where the healed checkpoint lies. Held-out text is not learnt from."""
+    """The report of the last stage, and where the healed checkpoint lies. Held-out text is not learnt from. licences:
+    of the texts.
+    """
     from daedal.convert.stages import HEAL
     from daedal.convert.texts import write_parts
     from daedal.distill.healing import Healing, heal
 
-    learnt, measured = write_parts(texts, conversion.work / TEXT)
+    learnt, measured = write_parts(tuple(licences), conversion.work / TEXT)
+    _describe_parts(learnt, tuple(licences.values()))
     settings = Healing(
         minutes=wishes.minutes,
         held_out=tuple(measured),
@@ -93,6 +97,17 @@ def heal_converted(
     details = {"tokens": healed.tokens, "tokens_per_second": healed.tokens_per_second}
     report = conversion.adopt(HEAL, healed.directory, seconds=healed.seconds, details=details)
     return report, healed.directory
+
+
+def _describe_parts(parts: Sequence[Path], licences: Sequence[str]) -> None:
+    """Says beside parts of texts under which licences these are, where that is known."""
+    from daedal.convert.work import write_whole
+    from daedal.train.documents import SIDE_FILE, UNKNOWN
+
+    known = ((part.name, licence) for part, licence in zip(parts, licences, strict=True) if licence != UNKNOWN)
+    quoted = partial(json.dumps, ensure_ascii=False)  # as TOML does it too
+    entries = [f"[{quoted(name)}]\nlicence = {quoted(licence)}\n" for name, licence in known]
+    write_whole(parts[0].parent / SIDE_FILE, "\n".join(entries))
 
 
 def _permission(wishes: "Wishes") -> "Permission | None":

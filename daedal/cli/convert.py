@@ -7,8 +7,6 @@ where a model came from are `distill`'s.
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from daedal.cli.conversion_table import describe, table
-from daedal.cli.fetching import FetchDisplay, resolve_shown
+from daedal.cli.fetching import FetchDisplay, displayed, resolve_shown
 from daedal.cli.opening import say
 
 if TYPE_CHECKING:
@@ -29,6 +26,12 @@ if TYPE_CHECKING:
 
 MethodName = Literal["fisher", "svd"]
 StageName = Literal["exact", "statistics", "rotation", "rank", "norm", "split", "router", "heal"]
+PermissionOption = Annotated[
+    str,
+    typer.Option(
+        metavar="WHO: WORDS", help="What permits learning from SRC, where its licence does not say; goes on record."
+    ),
+]
 RESULT = "conversion.json"
 OWN_TEXT = "own.txt"
 
@@ -44,6 +47,7 @@ class Wishes:
     rope_dims: int
     experts: int
     active: float
+    dense_layers: int
     method: MethodName
     texts: tuple[Path, ...]
     tokens: int
@@ -58,7 +62,7 @@ class Wishes:
         """The command line that ends with this stage."""
         words = [self.source_name, self.destination, "--kv-dims", self.kv_dims, "--rope-dims", self.rope_dims]
         if self.experts:
-            words += ["--experts", self.experts, "--active", self.active]
+            words += ["--experts", self.experts, "--active", self.active, "--dense-layers", self.dense_layers]
         if self.method != "fisher":
             words += ["--method", self.method]
         words += [word for path in self.texts for word in ("--text", path)]
@@ -77,6 +81,9 @@ def command(
     ] = 0,
     experts: Annotated[int, typer.Option(min=0, help="Shards of each feed-forward part; 0 leaves it dense.")] = 0,
     active: Annotated[float, typer.Option(min=0, max=1, help="Share of all neurons that a token meets.")] = 0.75,
+    dense_layers: Annotated[
+        int | None, typer.Option(min=0, help="First layers that get no experts.", show_default="a tenth of all")
+    ] = None,
     method: Annotated[
         MethodName, typer.Option(help="Of the rank cut: by what errors cost; svd is of the weights alone, to compare.")
     ] = "fisher",
@@ -84,8 +91,8 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Real text (UTF-8, also .xz; may be repeated), the last tenth of each kept to measure on; what the "
-            "model itself writes if not given.",
+            help="Real text (UTF-8, also .xz; may be repeated), the last tenth of each kept to measure on; its licence "
+            "is what sources.toml beside it says. What the model itself writes if not given.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens to calibrate with.")] = 16_384,
@@ -93,12 +100,7 @@ def command(
     window: Annotated[int, typer.Option(min=8, help="Tokens of one piece of text.")] = 1024,
     stop_after: Annotated[StageName, typer.Option(help="The last stage; the same command goes on later.")] = "heal",
     heal_minutes: Annotated[float, typer.Option(min=0.001, help="Time to heal in.")] = 60.0,
-    permission: Annotated[
-        str,
-        typer.Option(
-            metavar="WHO: WORDS", help="What permits learning from SRC, where its licence does not say; goes on record."
-        ),
-    ] = "",
+    permission: PermissionOption = "",
     json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
     """Convert a dense model to latent attention and experts, in stock DeepSeek format."""
@@ -111,6 +113,7 @@ def command(
         rope_dims=rope_dims or _rope_dims(source, kv_dims),
         experts=experts,
         active=active,
+        dense_layers=_dense_layers(source) if dense_layers is None else dense_layers,
         method=method,
         texts=tuple(text or ()),
         tokens=tokens,
@@ -121,7 +124,7 @@ def command(
         permission=permission,
         json_line=json_line,
     )
-    with _display() as display:
+    with displayed() as display:
         reports = _convert(wishes, display)
     Console().print(table(reports))
     if wishes.json_line:
@@ -135,10 +138,12 @@ def _convert(wishes: Wishes, display: FetchDisplay) -> "list[StageReport]":
     from daedal.convert.texts import read_texts
     from daedal.convert.work import publish, write_whole
     from daedal.text.tokenizer import Tokenizer
+    from daedal.train.documents import licence_of
 
     if wishes.last == HEAL:
         check_permission(wishes)
     settings, paths = _settings(wishes), wishes.texts or (_own_text(wishes, display),)
+    licences = {path: licence_of(path) for path in paths}
     texts = read_texts(
         paths,
         Tokenizer.load(wishes.source),
@@ -158,9 +163,9 @@ def _convert(wishes: Wishes, display: FetchDisplay) -> "list[StageReport]":
     if checkpoint is None:
         say(f"no checkpoint yet, the first comes with the stage norm; go on with: {wishes.command('norm')}")
         return reports
-    document_conversion(checkpoint, wishes, paths, reports)
+    document_conversion(checkpoint, wishes, licences, reports)
     if wishes.last == HEAL:
-        report, checkpoint = heal_converted(conversion, checkpoint, wishes, paths, display)
+        report, checkpoint = heal_converted(conversion, checkpoint, wishes, licences, display)
         display(describe(report))
         reports.append(report)
     publish(checkpoint, wishes.destination)
@@ -189,11 +194,14 @@ def _settings(wishes: Wishes) -> "Settings":
     from daedal.convert.experts import ExpertSettings
     from daedal.convert.settings import Settings
 
+    experts = None
+    if wishes.experts:
+        experts = ExpertSettings.of_share(wishes.experts, wishes.active, dense_layers=wishes.dense_layers)
     return Settings(
         kv_dims=wishes.kv_dims,
         rope_dims=wishes.rope_dims,
         method=wishes.method,
-        experts=ExpertSettings.of_share(wishes.experts, wishes.active) if wishes.experts else None,
+        experts=experts,
     )
 
 
@@ -203,6 +211,13 @@ def _rope_dims(source: Path, kv_dims: int) -> int:
 
     head_dim = ModelConfig.read(source).head_dim
     return head_dim if 4 * head_dim <= kv_dims else head_dim // 2
+
+
+def _dense_layers(source: Path) -> int:
+    """The first layers lose most by experts (docs/conversion.md), and DeepSeek-V3 has none in its own."""
+    from daedal.config import ModelConfig
+
+    return round(ModelConfig.read(source).num_hidden_layers / 10)
 
 
 def _own_text(wishes: Wishes, display: FetchDisplay) -> Path:
@@ -221,13 +236,3 @@ def _own_text(wishes: Wishes, display: FetchDisplay) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "\n\n".join(tokenizer.decode(ids_T.tolist()) for ids_T in written))
     return path
-
-
-@contextmanager
-def _display() -> Iterator[FetchDisplay]:
-    bars = Progress(console=Console(stderr=True))
-    try:
-        yield FetchDisplay(bars)
-    finally:
-        if bars.tasks:
-            bars.stop()

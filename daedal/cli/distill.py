@@ -4,22 +4,25 @@ Ctrl-C finishes the step, saves, says how to go on, and exits with 130; pressed 
 `distill.run` knows.
 """
 
-import dataclasses
 import json
-import shlex
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from daedal.cli.fetching import FetchDisplay
+from daedal.cli.fetching import displayed
 from daedal.cli.opening import DeviceOption, say
 from daedal.cli.precision import choose_dtype
+from daedal.cli.recipe_run import (
+    JsonOption,
+    OutOption,
+    RecipeArgument,
+    ResumeOption,
+    RunWishes,
+    SettingsOption,
+)
 from daedal.cli.recipes import read_recipe
 from daedal.cli.stopping import INTERRUPTED, stopping
 from daedal.cli.training_display import TrainingDisplay, clock
@@ -36,88 +39,50 @@ if TYPE_CHECKING:
 _BAR_STEPS = 1000
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """Of the command line."""
-
-    path: Path
-    settings: tuple[str, ...]
-    out: Path
-    resume: bool
-    device: str
-    json_line: bool
-
-    @property
-    def again(self) -> str:
-        """The command that goes on."""
-        settings = [word for setting in self.settings for word in ("--set", setting)]
-        return shlex.join(["daedal", "distill", str(self.path), *settings, "--out", str(self.out), "--resume"])
-
-
 def command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A Python file that says recipe = Recipe(...).")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe, changed; may be repeated."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's directory; runs/ and the recipe's name if not given.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in --out.")] = False,
+    recipe: RecipeArgument,
+    settings: SettingsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
     device: DeviceOption = "auto",
-    json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    json_line: JsonOption = False,
 ) -> None:
     """Distil teachers into a student from a recipe, grounded in real text."""
-    wishes = Wishes(
+    wishes = RunWishes(
+        verb="distill",
         path=recipe,
         settings=tuple(settings or ()),
-        out=out or Path("runs") / recipe.stem,
+        given_out=out,
         resume=resume,
         device=device,
         json_line=json_line,
     )
     chosen, where, narrow = _chosen(wishes)
-    _check_directory(wishes)
+    wishes.check_directory()
     from daedal.distill.run import Run
 
-    bars = Progress(console=Console(stderr=True))
-    try:
-        run = Run(chosen, wishes.out, device=where, narrow=narrow, said=FetchDisplay(bars))
-    finally:
-        if bars.tasks:
-            bars.stop()
+    with displayed() as display:
+        run = Run(chosen, wishes.out, device=where, narrow=narrow, said=display)
     with closing(run):
         if wishes.resume and not run.training.resume():
             raise ConfigError(f"{wishes.out} has no checkpoint to go on from: leave --resume out")
         _distil(run, wishes)
 
 
-def _chosen(wishes: Wishes) -> "tuple[Recipe, torch.device, bool]":
+def _chosen(wishes: RunWishes) -> "tuple[Recipe, torch.device, bool]":
     """The recipe, the device, and whether to compute in bfloat16."""
     import torch
 
-    from daedal.checkpoint.load import resolve_device
     from daedal.distill.recipe import Recipe
 
     recipe = read_recipe(wishes.path, wishes.settings, Recipe)
-    where = resolve_device(wishes.device)
-    if where.type == "cpu":
-        from daedal.infer.memory import keep_freed_memory
-
-        keep_freed_memory()
+    where = wishes.open_device()
     precision = choose_dtype(recipe.precision, where)
     say(f"distilling on {where} in {precision}")
     return recipe, where, precision.dtype == torch.bfloat16
 
 
-def _check_directory(wishes: Wishes) -> None:
-    from daedal.train.reports import METRICS
-
-    if (wishes.out / METRICS).is_file() and not wishes.resume:
-        raise ConfigError(f"{wishes.out} holds a run already: go on with --resume, or name another --out")
-
-
-def _distil(run: "Run", wishes: Wishes) -> None:
+def _distil(run: "Run", wishes: RunWishes) -> None:
     """All steps, then what is left to do once they are taken."""
     from daedal.train.reports import Board, MetricsFile
 
@@ -186,7 +151,7 @@ def _introduce(run: "Run") -> None:
         say(f"going on with step {run.training.step}")
 
 
-def _finish(run: "Run", wishes: Wishes) -> None:
+def _finish(run: "Run", wishes: RunWishes) -> None:
     training, began = run.training, time.perf_counter()
     if training.stopped:
         say(f"ended before the budget was spent: {training.stopped}")

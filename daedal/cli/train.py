@@ -4,30 +4,34 @@ Ctrl-C finishes the step, saves, says how to go on, and exits with 130; pressed 
 same as the first. How a run goes, `train.run` knows.
 """
 
-import dataclasses
 import json
 import os
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from daedal import shapes
-from daedal.cli.fetching import FetchDisplay
+from daedal.cli.fetching import displayed
 from daedal.cli.opening import DeviceOption, say
 from daedal.cli.precision import choose_dtype
+from daedal.cli.recipe_run import (
+    JsonOption,
+    OutOption,
+    RecipeArgument,
+    ResumeOption,
+    RunWishes,
+    SettingsOption,
+)
 from daedal.cli.recipes import read_recipe
 from daedal.cli.stopping import INTERRUPTED, stopping
 from daedal.cli.training_display import TrainingDisplay
 from daedal.cli.units import in_flops, in_parameters
 from daedal.cost.count import active_params
-from daedal.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -41,17 +45,11 @@ if TYPE_CHECKING:
 _SAMPLE_TOKENS = 120
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """Of the command line. rank: of this process among those that torchrun started."""
+@dataclass(frozen=True, kw_only=True)
+class Wishes(RunWishes):
+    """steps: to take now at most. rank: of this process among those that torchrun started."""
 
-    path: Path
-    settings: tuple[str, ...]
-    out: Path
-    resume: bool
     steps: int | None
-    device: str
-    json_line: bool
     rank: int
 
     @property
@@ -59,35 +57,24 @@ class Wishes:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
 
-    @property
-    def again(self) -> str:
-        """The command that goes on."""
-        settings = [word for setting in self.settings for word in ("--set", setting)]
-        words = ["daedal", "train", str(self.path), *settings, "--out", str(self.out), "--resume"]
-        return shlex.join(words)
-
 
 def command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A Python file that says recipe = Recipe(...).")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A field of the recipe, changed; may be repeated."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's directory; runs/ and the recipe's name if not given.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in --out.")] = False,
+    recipe: RecipeArgument,
+    settings: SettingsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Take at most so many steps now, save and stop; go on with --resume.")
     ] = None,
     device: DeviceOption = "auto",
-    json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    json_line: JsonOption = False,
 ) -> None:
     """Train a model from a recipe; under torchrun on many processes."""
     wishes = Wishes(
+        verb="train",
         path=recipe,
         settings=tuple(settings or ()),
-        out=out or Path("runs") / recipe.stem,
+        given_out=out,
         resume=resume,
         steps=steps,
         device=device,
@@ -95,7 +82,7 @@ def command(
         rank=int(os.environ.get("RANK", "0")),
     )
     chosen, where = _chosen(wishes)
-    _check_directory(wishes)
+    wishes.check_directory()
     prepared = _prepared(chosen, wishes)
     from daedal.train.run import Run
 
@@ -111,17 +98,12 @@ def _chosen(wishes: Wishes) -> "tuple[Recipe, torch.device]":
     """The recipe with a precision that fits the device, and the device."""
     import torch
 
-    from daedal.checkpoint.load import resolve_device
     from daedal.train.recipe import Recipe
 
     recipe = read_recipe(wishes.path, wishes.settings, Recipe)
-    where = resolve_device(wishes.device)
+    where = wishes.open_device()
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if where.type == "cpu":
-        from daedal.infer.memory import keep_freed_memory
-
-        keep_freed_memory()
     if recipe.precision == "auto":
         precision = choose_dtype("auto", where)
         recipe = recipe.with_settings({"precision": str(precision.dtype).removeprefix("torch.")})
@@ -130,23 +112,11 @@ def _chosen(wishes: Wishes) -> "tuple[Recipe, torch.device]":
     return recipe, where
 
 
-def _check_directory(wishes: Wishes) -> None:
-    from daedal.train.reports import METRICS
-
-    if (wishes.out / METRICS).is_file() and not wishes.resume:
-        raise ConfigError(f"{wishes.out} holds a run already: go on with --resume, or name another --out")
-
-
 def _prepared(recipe: "Recipe", wishes: Wishes) -> "Prepared":
     from daedal.train.preparation import prepare_text
 
-    bars = Progress(console=Console(stderr=True, quiet=not wishes.first))
-    display = FetchDisplay(bars)
-    try:
+    with displayed(quiet=not wishes.first) as display:
         return prepare_text(recipe, wishes.out, vocabulary=recipe.published()["vocab_size"], progress=display)
-    finally:
-        if bars.tasks:
-            bars.stop()
 
 
 def _train(run: "Run", wishes: Wishes) -> None:

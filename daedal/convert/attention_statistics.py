@@ -187,13 +187,13 @@ def _sampled_slope(model: Transformer, state_TD: Tensor, generator: torch.Genera
     for hidden_tD in hidden_TD.detach().split(_HEAD_CHUNK):
         with narrow_factors(hidden_tD.device):
             shares_tV = (hidden_tD @ head_VD.T).softmax(-1)
-            drawn_t1 = _drawn(shares_tV, generator)
+            drawn_t1 = drawn(shares_tV, generator)
             surplus_tV = shares_tV.scatter_add_(1, drawn_t1, torch.full_like(drawn_t1, -1, dtype=shares_tV.dtype))
             slopes.append(surplus_tV @ head_VD)
     return torch.autograd.grad(hidden_TD, last_TD, torch.cat(slopes))[0]
 
 
-def _drawn(shares_tV: Tensor, generator: torch.Generator) -> Tensor:
+def drawn(shares_tV: Tensor, generator: torch.Generator) -> Tensor:
     """int64 [t, 1]: a label for each token, through sums of shares, in a tenth of the time that multinomial takes."""
     sums_tV = shares_tV.cumsum(-1)
     wanted_t1 = torch.rand(len(sums_tV), 1, generator=generator, device=sums_tV.device, dtype=sums_tV.dtype)

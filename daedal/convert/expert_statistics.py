@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from daedal.convert.attention_statistics import drawn
 from daedal.model.batch import RaggedBatch
 from daedal.model.forward_pass import ForwardPass
 from daedal.model.transformer import Transformer
@@ -44,7 +45,7 @@ def output_metrics(
         with torch.enable_grad():
             residuals = _residuals(model, batch)
             logits_TV = model.head(model.norm(residuals[-1]))
-            drawn_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+            drawn_T = drawn(logits_TV.detach().softmax(-1), generator).squeeze(-1)
             loss = torch.nn.functional.cross_entropy(logits_TV, drawn_T, reduction="sum")
             slopes = torch.autograd.grad(loss, residuals)
         for total_DD, residual_TD, slope_TD in zip(sums, residuals, slopes, strict=True):

@@ -53,7 +53,7 @@ class Settings:
         if self.kv_dims > kept:
             raise ConfigError(f"kv dims are {self.kv_dims}, the source keeps {kept}: give at most as many")
         if self.experts is not None:
-            self.experts.width(source.intermediate_size)
+            self.experts.config_fields(source.intermediate_size, source.num_hidden_layers)
 
 
 def frequencies(source: ModelConfig, settings: Settings) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Protocol
 
+from daedal.charts import path, spacing, svg
 from daedal.distill.verdict import Evaluations, Planted
 from daedal.eval.calibration import Bin
 from daedal.eval.estimates import Estimate
@@ -53,7 +54,7 @@ def bars(rows: Sequence[Row], *, title: str) -> str:
     parts = list(_grid_x(low, high, x, height - 24))
     for place, row in enumerate(rows):
         parts += _bar(row, 4 + place * _ROW, x)
-    return _svg(_WIDTH, height, title, parts)
+    return svg(_WIDTH, height, title, parts)
 
 
 def _bar(row: Row, top: float, x: _Scale) -> Iterator[str]:
@@ -113,7 +114,9 @@ def reliability_diagram(models: Mapping[str, Sequence[Bin]], *, title: str) -> s
         held = [each for each in found if each.confidence is not None and each.accuracy is not None]
         most = max((each.count for each in held), default=1)
         points = [(x(each.confidence or 0.0), y(each.accuracy or 0.0), each) for each in held]
-        parts.append(f'<g class="{name}"><polyline points="{_points(points)}" class="line"/>')
+        parts.append(
+            f'<g class="{name}"><polyline points="{path((across, up) for across, up, _ in points)}" class="line"/>'
+        )
         for across, up, each in points:
             told = f"{name}: {each.count} items, sure {each.confidence:.2f}, right {each.accuracy:.2f}"
             radius = 2.5 + 5 * math.sqrt(each.count / most)
@@ -125,7 +128,7 @@ def reliability_diagram(models: Mapping[str, Sequence[Bin]], *, title: str) -> s
         parts.append(f'<text x="{x(1) + 36}" y="{key}">{name}</text>')
     parts.append(f'<text x="{x(0.5)}" y="{y(0) + 38}" text-anchor="middle">confidence</text>')
     parts.append(f'<text transform="rotate(-90)" x="{-y(0.5)}" y="14" text-anchor="middle">share that is right</text>')
-    return _svg(left + _SIDE + 130, top + _SIDE + 48, title, parts)
+    return svg(left + _SIDE + 130, top + _SIDE + 48, title, parts)
 
 
 def curves(evaluations: Evaluations, *, title: str) -> str:
@@ -148,7 +151,7 @@ def curves(evaluations: Evaluations, *, title: str) -> str:
     for share in (0.0, 0.5, 1.0):
         at = f'<text x="{x(share * most):.1f}" y="{bottom + 18}" text-anchor="middle" class="faint">'
         parts.append(f"{at}{round(share * most):,}</text>")
-    return _svg(_WIDTH, bottom + 44, title, parts)
+    return svg(_WIDTH, bottom + 44, title, parts)
 
 
 def _curve(
@@ -166,7 +169,7 @@ def _curve(
         yield f'<path d="M{x(0):.1f} {y(value):.1f}H{x(tokens_E[-1]):.1f}" class="grid"/>'
         yield f'<text x="{x(0) - 8:.1f}" y="{y(value) + 4:.1f}" text-anchor="end" class="faint">{value:.3f}</text>'
     points = [(x(tokens), y(value), value) for tokens, value in zip(tokens_E, values_E, strict=True)]
-    yield f'<g class="{who}"><polyline points="{_points(points)}" class="line"/>'
+    yield f'<g class="{who}"><polyline points="{path((across, up) for across, up, _ in points)}" class="line"/>'
     for (across, up, value), tokens in zip(points, tokens_E, strict=True):
         told = f"{value:.4f} after {tokens:,} tokens"
         yield f'<circle cx="{across:.1f}" cy="{up:.1f}" r="3" class="fill"><title>{told}</title></circle>'
@@ -174,34 +177,17 @@ def _curve(
 
 
 def _grid_x(low: float, high: float, x: _Scale, bottom: float) -> Iterator[str]:
-    step = _step(high - low)
-    for number in range(round(low / step), round(high / step) + 1):
-        value = number * step
+    apart = spacing(high - low)
+    for number in range(round(low / apart), round(high / apart) + 1):
+        value = number * apart
         yield f'<path d="M{x(value):.1f} 2V{bottom}" class="{"axis" if number == 0 else "grid"}"/>'
         yield f'<text x="{x(value):.1f}" y="{bottom + 16}" text-anchor="middle" class="faint">{100 * value:g} %</text>'
 
 
-def _step(span: float) -> float:
-    """Between marks: 1, 2 or 5 of some power of ten, 4 to 10 of them."""
-    rough = span / 5
-    power = 10 ** math.floor(math.log10(rough))
-    return float(next(power * unit for unit in (1, 2, 5, 10) if power * unit >= rough * 0.999))
-
-
 def _round_out(low: float, high: float) -> tuple[float, float]:
-    step = _step(high - low)
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-
-
-def _points(points: Sequence[tuple[float, float, object]]) -> str:
-    return " ".join(f"{across:.1f},{up:.1f}" for across, up, _ in points)
+    apart = spacing(high - low)
+    return math.floor(low / apart + 1e-9) * apart, math.ceil(high / apart - 1e-9) * apart
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    said = escape(title)
-    size = f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px"'
-    return f'<svg {size} role="img" aria-label="{said}">{"".join(parts)}</svg>'

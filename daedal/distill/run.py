@@ -36,6 +36,7 @@ from daedal.distill.student import Student
 from daedal.distill.texts import Progress, Text, open_texts, spread_windows
 from daedal.distill.training import Point, Training
 from daedal.errors import ConfigError
+from daedal.train.documents import licence_of
 from daedal.train.loop import LoopConfig, StepReport
 
 MODEL, CHECKPOINTS, CURVE = "model", "checkpoints", "curve.json"
@@ -223,9 +224,12 @@ class Run:
             if text.path.is_file():
                 found.append(provenance.Data.of(text.path, role="real text", licence=licences))
         for path in self.recipe.prompts:
-            found.append(provenance.Data.of(Path(path), role="prompts", licence="unknown"))
+            found.append(provenance.Data.of(Path(path), role="prompts", licence=licence_of(Path(path))))
         for teacher in self.recipe.recordings:
-            found.append(provenance.Data.of(Path(teacher.source), role="teacher's answers", licence="unknown"))
+            source = Path(teacher.source)
+            found.append(
+                provenance.Data.of(source, role="teacher's answers", licence=teacher.licence or licence_of(source))
+            )
         return found
 
 

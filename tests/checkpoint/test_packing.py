@@ -17,9 +17,9 @@ from daedal.checkpoint.save import save
 from daedal.config import ModelConfig
 from daedal.errors import BackendError, CheckpointError, ConfigError, SourceError
 from daedal.model.attention_latent import Expansion
-from daedal.model.packing import WEIGHTS, kept
 from daedal.ops import formats
 from daedal.ops.packed import Packed
+from daedal.packed import WEIGHTS, kept
 from daedal.shapes import parameters
 from tests.checkpoint.quantizable import edit, quantizable_model, quantized
 from tests.private_cache import private_cache

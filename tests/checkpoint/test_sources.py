@@ -107,7 +107,7 @@ def test_names_and_paths(cache: Path, tmp_path: Path) -> None:
     for absent in ("nothing", str(tmp_path / "nothing"), "./a/b", "../a", "a/b/c", "", "a/../b"):
         with pytest.raises((SourceError, CheckpointError)):
             resolve(absent)
-    with pytest.raises(SourceError, match=r"no model named 'nothing': .* a known name \(tiny\)"):
+    with pytest.raises(SourceError, match=r"no model named 'nothing': .* a known name \(tiny[,)]"):
         resolve("nothing")
     with pytest.raises(SourceError, match=r"owner/other is neither a directory here .*HF_HUB_OFFLINE is set"):
         resolve("owner/other")

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize, one_hot
 
 from daedal.checkpoint.save import save
 from daedal.convert.compensation import compensated
+from daedal.convert.exactness import EXACT, furthest_logit
 from daedal.convert.expert_layers import exact_layers, routed_layers, with_experts
 from daedal.convert.expert_statistics import EVEN_SHARE, FIRST_SHARE, output_metrics, token_weights
 from daedal.convert.experts import DenseMLP, ExpertSettings, exact_mlp, routed_mlp
@@ -41,6 +42,23 @@ def test_all_experts_active_are_the_dense_model() -> None:
         assert split.config.moe_intermediate_size == 6
         assert split.config.to_published()["first_k_dense_replace"] == 1
         torch.testing.assert_close(split.logits(ids_BT), model.logits(ids_BT), atol=2e-5, rtol=2e-5)
+
+
+def test_one_function_is_told_from_two_in_float64() -> None:
+    model, texts = dense_v3(), windows(2, 24)
+    settings = ExpertSettings(experts=12, shared=2, active=10)
+    split = with_experts(model, settings, exact_layers(model, settings))
+    told: list[int] = []
+    assert furthest_logit(model, split, texts, told.append) < 1e-10
+    assert told == [24, 24]
+    with torch.no_grad():
+        split.layers[1].mlp.experts.down_proj[3] += 0.01
+        wanted = max(
+            float((split.double().logits(ids_T[None]) - model.double().logits(ids_T[None])).abs().max())
+            for ids_T in texts
+        )
+    assert furthest_logit(model, split, texts) == pytest.approx(wanted, rel=1e-6)
+    assert wanted > EXACT
 
 
 def test_transformers_reads_routed_experts_and_answers_the_same(tmp_path: Path) -> None:
