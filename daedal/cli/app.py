@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from daedal.cli import (
+    batch,
     bench,
     chat,
     convert,
@@ -22,6 +23,7 @@ from daedal.cli import (
     provenance,
     pull,
     quantize,
+    report,
     serve,
     train,
     version,
@@ -39,6 +41,7 @@ app = typer.Typer(
 )
 app.command(name="serve")(serve.command)
 app.command(name="chat")(chat.command)
+app.command(name="batch")(batch.command)
 app.command(name="pull")(pull.command)
 app.command(name="quantize")(quantize.command)
 app.command(name="train")(train.command)
@@ -49,6 +52,7 @@ app.command(name="grounding")(grounding.command)
 app.command(name="provenance")(provenance.command)
 app.command(name="cost")(cost.command)
 app.command(name="bench")(bench.command)
+app.command(name="report")(report.command)
 app.command(name="doctor")(doctor.command)
 app.command(name="version")(version.command)
 

@@ -25,18 +25,20 @@ from daedal.errors import ConfigError
 if TYPE_CHECKING:
     from daedal.eval.harness import Answers, Questions
     from daedal.eval.items import Item
+    from daedal.eval.problems import Problem
 
 DtypeName = Literal["checkpoint", "float32", "bfloat16"]
 WeightsName = Literal["checkpoint", "bf16", "int8", "int4", "fp8", "fp4"]
 
-REPORT, PLOT = "report.json", "reliability.png"
+REPORT, PLOT, CONFIG = "report.json", "reliability.png", "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What every model of one command is asked. texts: (kind, file)."""
+    """What every model of one command is asked. tasks: with choices; problems: to be answered. texts: (kind, file)."""
 
     tasks: "Mapping[str, Sequence[Item]]"
+    problems: "Mapping[str, Sequence[Problem]]"
     texts: Sequence[tuple[str, Path]]
     contexts: Sequence[int]
     text_tokens: int
@@ -52,7 +54,7 @@ class Asked:
         for context in self.contexts:
             for kind, path in self.texts:
                 windows += read_windows(path, kind, tokenizer, context=context, tokens=self.text_tokens)
-        return Questions(tasks=self.tasks, windows=windows)
+        return Questions(tasks=self.tasks, problems=self.problems, windows=windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +80,12 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Tasks, or files of items, or `all`; six usual ones where neither tasks nor texts are given.",
+            help="Tasks, or files of items, or `all` that have choices; six usual ones where neither tasks nor texts "
+            "are given.",
         ),
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="Items of a task, at most; spread evenly over it.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Other problems of the kinds that are made by rule.")] = 0,
     text: Annotated[
         list[str] | None, typer.Option(metavar="[KIND=]FILE", help="A UTF-8 text, also .gz or .xz; may be repeated.")
     ] = None,
@@ -100,15 +104,17 @@ def command(
     weights: Annotated[WeightsName, typer.Option(help="Pack the weights for the CPU's kernels first.")] = "checkpoint",
     json_line: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
-    """Measure bits per byte of texts, accuracy on tasks, and calibration."""
+    """Measure bits per byte of texts, accuracy on tasks with choices and on problems, and calibration."""
     way = Way(device=device, dtype=dtype, weights=weights)
     texts = [_kind(given) for given in text or ()]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=Console(stderr=True))
     display = FetchDisplay(bars)
     try:
+        names = _names(tasks, has_texts=bool(texts))
         asked = Asked(
-            tasks=_items(tasks, items, bool(texts), display),
+            tasks=_items(names, items, display),
+            problems=_problems(names, items, seed, display),
             texts=texts,
             contexts=sorted(set(context or (1024,))),
             text_tokens=text_tokens,
@@ -124,15 +130,27 @@ def command(
     _report(model, found, None if beside is None or baseline is None else (baseline, beside), out, json_line)
 
 
-def _items(tasks: str | None, items: int, has_texts: bool, display: FetchDisplay) -> "dict[str, list[Item]]":
-    from daedal.eval.items import spread
-    from daedal.eval.tasks import TASKS, USUAL, read_tasks
+def _names(tasks: str | None, *, has_texts: bool) -> Sequence[str]:
+    from daedal.eval.tasks import TASKS, USUAL
 
     if tasks is None:
-        names: Sequence[str] = () if has_texts else USUAL
-    else:
-        names = tuple(TASKS) if tasks == "all" else [name.strip() for name in tasks.split(",")]
-    return {task: spread(found, items) for task, found in read_tasks(names, progress=display).items()}
+        return () if has_texts else USUAL
+    return tuple(TASKS) if tasks == "all" else [name.strip() for name in tasks.split(",")]
+
+
+def _items(names: Sequence[str], items: int, display: FetchDisplay) -> "dict[str, list[Item]]":
+    from daedal.eval.items import spread
+    from daedal.eval.problem_sets import is_problem_set
+    from daedal.eval.tasks import read_tasks
+
+    chosen = [name for name in names if not is_problem_set(name)]
+    return {task: spread(found, items) for task, found in read_tasks(chosen, progress=display).items()}
+
+
+def _problems(names: Sequence[str], items: int, seed: int, display: FetchDisplay) -> "dict[str, list[Problem]]":
+    from daedal.eval.problem_sets import is_problem_set, read_problems
+
+    return read_problems([name for name in names if is_problem_set(name)], items, seed=seed, progress=display)
 
 
 def _kind(given: str) -> tuple[str, Path]:
@@ -177,6 +195,7 @@ def _evaluate(name: str, asked: Asked, way: Way, out: Path | None, display: Fetc
     if out is not None:
         identity = {"model": fingerprint(directory, progress=progress), "dtype": way.dtype, "weights": way.weights}
         records = Records(out, identity)
+        (out / CONFIG).write_bytes((directory / CONFIG).read_bytes())  # what a cost is counted from
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(way.dtype)
     packed = None if way.weights == "checkpoint" else way.weights
     if resolve_device(way.device).type == "cpu" and pending():

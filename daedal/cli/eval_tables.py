@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from daedal.cli.units import in_flops
+
 if TYPE_CHECKING:
     from daedal.eval.estimates import Estimate
-    from daedal.eval.summary import Calibration, Comparison, Summary
+    from daedal.eval.summary import Calibration, Comparison, Summary, TextSummary
 
 ABSENT = "-"
 
@@ -18,6 +20,8 @@ def tables(summary: "Summary", baseline: "Summary | None", difference: "Comparis
     """difference: of the summary from the baseline's; both or neither."""
     if summary.tasks:
         yield _tasks(summary, difference)
+    if summary.replies:
+        yield _replies(summary, difference)
     if summary.texts:
         yield _texts(summary, baseline, difference)
 
@@ -42,6 +46,23 @@ def _tasks(summary: "Summary", difference: "Comparison | None") -> Table:
     return table
 
 
+def _replies(summary: "Summary", difference: "Comparison | None") -> Table:
+    title = "replies that are right in per cent, with 95 % intervals; tokens and costs of a reply"
+    headings = ["problems", "right", "no answer", "cut off", "read", "written", "compute", "device", "energy"]
+    headings += ["less the baseline", "gained, lost"] if difference else []
+    table = _table(title, "task", headings)
+    for task, one in summary.replies.items():
+        joules = ABSENT if one.joules is None else f"{one.joules:.3g} J"
+        cells = [f"{one.problems:,}", _interval(one.accuracy), f"{one.unanswered:,}", f"{one.cut:,}"]
+        cells += [f"{one.prompt_tokens:,.0f}", f"{one.tokens:,.1f}", in_flops(one.flops)]
+        cells += [f"{one.device_seconds:.3g} s", joules]
+        if difference is not None:
+            beside = difference.replies[task]
+            cells += [_interval(beside.accuracy, "+"), f"+{beside.gained} -{beside.lost}"]
+        table.add_row(task, *cells)
+    return table
+
+
 def _texts(summary: "Summary", baseline: "Summary | None", difference: "Comparison | None") -> Table:
     compared = difference is not None and bool(difference.texts)
     headings = ["context", "tokens", "bits per byte", "perplexity"]
@@ -50,7 +71,7 @@ def _texts(summary: "Summary", baseline: "Summary | None", difference: "Comparis
     others = {(one.kind, one.context): one for one in (baseline.texts if baseline else ())}
     ratios = {(one.kind, one.context): one.ratio for one in (difference.texts if difference else ())}
     for one in summary.texts:
-        cells = [f"{one.context:,}", f"{one.tokens:,}", f"{one.bits_per_byte:.4f}", f"{one.perplexity:.3f}"]
+        cells = [f"{one.context:,}", f"{one.tokens:,}", _bits(one), f"{one.perplexity:.3f}"]
         if compared:
             place = (one.kind, one.context)
             cells += [f"{others[place].bits_per_byte:.4f}", f"{ratios[place]:.4f}"]
@@ -74,6 +95,13 @@ def _interval(found: "Estimate", sign: str = "") -> str:
     """0.3125 from 0.25 to 0.375 -> "31.2 (25.0 to 37.5)"."""
     form = f"{sign}.1f"
     return f"{100 * found.value:{form}} ({100 * found.low:{form}} to {100 * found.high:{form}})"
+
+
+def _bits(found: "TextSummary") -> str:
+    """1.2321 (1.2054 to 1.2601)"""
+    interval = found.interval
+    bounds = "" if interval is None else f" ({interval.low:.4f} to {interval.high:.4f})"
+    return f"{found.bits_per_byte:.4f}{bounds}"
 
 
 def _calibration(found: "Calibration | None") -> list[str]:

@@ -1,6 +1,7 @@
-"""Fetching or packing a model while a bar on stderr says how far it is. What, and from where, `checkpoint` decides."""
+"""Work that takes a while, such as fetching a model, while a bar on stderr says how far it is. Knows no work itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,11 +44,19 @@ def pull_shown(name: str) -> Path:
 
 
 def shown(fetch: Callable[[FetchDisplay], Found]) -> Found:
-    """Runs `fetch` with a display, and takes the display away again whatever happens."""
+    """Runs `fetch` with a display."""
+    with displayed() as display:
+        return fetch(display)
+
+
+@contextmanager
+def displayed(*, quiet: bool = False) -> Iterator[FetchDisplay]:
+    """A display, which is taken away again whatever happens. quiet: it shows nothing."""
     text = TextColumn("{task.description}", markup=False)
-    bars = Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    console = Console(stderr=True, quiet=quiet)
+    bars = Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console)
     try:
-        return fetch(FetchDisplay(bars))
+        yield FetchDisplay(bars)
     finally:
         if bars.tasks:
             bars.stop()

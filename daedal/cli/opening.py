@@ -17,7 +17,9 @@ from daedal.cli.fetching import FetchDisplay, resolve_shown, shown
 from daedal.cli.precision import DtypeName, Precision, choose_dtype
 from daedal.cli.weights import WeightsName, choose_weights
 from daedal.cost import count
+from daedal.cost.spending import Tariff
 from daedal.errors import RequestError, TemplateError
+from daedal.places import bundles
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from daedal.text.chat import ChatFormat
     from daedal.text.tokenizer import Tokenizer
 
-DEFAULT_MODEL = "smollm2-135m"
+_CONVERTED = "smollm2-135m-latent"
+DEFAULT_MODEL = _CONVERTED if _CONVERTED in bundles() else "smollm2-135m"
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A name that `daedal pull` knows, or a checkpoint's directory.")
@@ -89,6 +92,7 @@ class Opened:
     """A model ready to generate. `chat_format` is None where chat is impossible; `without_chat` then says why."""
 
     name: str
+    directory: Path
     model: "Transformer"
     engine: "Engine"
     tokenizer: "Tokenizer"
@@ -113,18 +117,18 @@ def open_model(
     limits: Limits,
     chat_format: str | None = None,
     drafting: Drafting | None = None,
+    tariff: Tariff | None = None,
 ) -> Opened:
     """Fetches (if need be), loads, and builds the engine. A DaedalError says what is wrong with any of it.
 
     chat_format: the name of one; without it, a checkpoint whose format cannot be told is opened all the same.
-    drafting: who drafts, if anybody.
+    drafting: who drafts, if anybody. tariff: by which the engine counts costs, if it does.
     """
     import torch
 
     from daedal.checkpoint.load import resolve_device
     from daedal.infer.engine import Engine
     from daedal.ops.backends.cpu.program import pending
-    from daedal.text.chat import load_format
     from daedal.text.tokenizer import Tokenizer
 
     directory = resolve_shown(name)
@@ -139,13 +143,7 @@ def open_model(
     if weights == "auto" and dtype != "float32":
         say(str(chosen))
     tokenizer = Tokenizer.load(directory)
-    format, without_chat = None, None
-    try:
-        format = load_format(directory, chat_format=chat_format)
-    except TemplateError as error:
-        if chat_format is not None:
-            raise
-        without_chat = str(error)
+    format, without_chat = _chat_format(directory, chat_format)
     drafting = drafting or Drafting()
     speculate = drafting.open(device=chosen_device, dtype=precision.dtype)
     model = _load_shown(directory, chosen.format, chosen_device, precision.dtype, mtp=drafting.by_module)
@@ -160,15 +158,29 @@ def open_model(
         deterministic=limits.deterministic,
         prefill_ms=limits.prefill_ms,
         kv_cache_dtype=limits.kv_cache_dtype,
+        tariff=tariff,
     )
     return Opened(
         name=display_name(name),
+        directory=directory,
         model=model,
         engine=engine,
         tokenizer=tokenizer,
         chat_format=format,
         without_chat=without_chat,
     )
+
+
+def _chat_format(directory: Path, named: str | None) -> "tuple[ChatFormat | None, str | None]":
+    """The format, or why there is none; only one that was named must be there."""
+    from daedal.text.chat import load_format
+
+    try:
+        return load_format(directory, chat_format=named), None
+    except TemplateError as error:
+        if named is not None:
+            raise
+        return None, str(error)
 
 
 def _load_shown(

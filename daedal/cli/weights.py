@@ -78,7 +78,8 @@ def _lacking(weights: str) -> str | None:
 
     from daedal import ops
     from daedal.ops.backends.cpu import program
-    from daedal.ops.packed import FORMATS, Packed, packed_bytes
+    from daedal.ops.packed import Packed
+    from daedal.packed import FORMATS, packed_bytes
 
     absent = program.missing()
     if absent is not None:

@@ -13,7 +13,7 @@ from daedal.cost import hardware
 from tests.private_cache import private_cache
 from tests.tiny import tiny_checkpoint
 
-QUICK = calibration.Effort(seconds=0.001, read_bytes=2**16, side=64, past=256)
+QUICK = calibration.Effort(seconds=0.001, read_bytes=2**16, side=64, past=256, chunk=64)
 
 
 @pytest.fixture(autouse=True)

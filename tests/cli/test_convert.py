@@ -14,6 +14,7 @@ from tests.convert.texts import write_text
 from tests.tiny import tiny_checkpoint
 
 SMALL = ["--kv-dims", "20", "--rope-dims", "8", "--tokens", "256", "--held-out", "64", "--window", "64"]
+LICENCE = 'public "domain" – 1922'
 PERMITTED = ["--permission", "the tests: made from random numbers here"]
 
 
@@ -22,6 +23,7 @@ def _given(tmp_path: Path) -> list[str]:
     """The beginning of every command line."""
     source = tiny_checkpoint(tmp_path / "source", "llama", num_hidden_layers=2, tie_word_embeddings=True)
     text = write_text(tmp_path / "text.txt", seed=0)
+    (tmp_path / "sources.toml").write_text('["text.txt"]\nlicence = "public \\"domain\\" – 1922"\n', encoding="utf-8")
     return ["convert", str(source), str(tmp_path / "made"), "--text", str(text), *SMALL]
 
 
@@ -42,7 +44,9 @@ def test_stops_and_goes_on(given: list[str], tmp_path: Path, capsys: pytest.Capt
     assert list(stages) == ["exact", "statistics", "rotation", "rank", "norm", "split", "router"]
     assert stages["exact"]["quality"]["furthest"] < 1e-4  # type: ignore[index]
     assert stages["router"]["command"].endswith(
-        "--experts 4 --active 0.75 --text " + given[4] + " --tokens 256 --held-out 64 --window 64 --stop-after router"
+        "--experts 4 --active 0.75 --dense-layers 0 --text "
+        + given[4]
+        + " --tokens 256 --held-out 64 --window 64 --stop-after router"
     )  # type: ignore[attr-defined]
     assert "router: perplexity" in captured.err
     made = tmp_path / "made"
@@ -51,7 +55,7 @@ def test_stops_and_goes_on(given: list[str], tmp_path: Path, capsys: pytest.Capt
     assert Tokenizer.load(made).encode("a wife")
     record = verify(made)
     assert [stage["stage"] for stage in record["stages"]] == list(stages)
-    assert record["data"][0]["role"] == "calibration"
+    assert (record["data"][0]["role"], record["data"][0]["licence"]) == ("calibration", LICENCE)
 
 
 def test_heals_last_and_is_then_done(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +69,7 @@ def test_heals_last_and_is_then_done(given: list[str], tmp_path: Path, capsys: p
     older = history(record, record["parent"])
     assert older is not None
     assert [stage["stage"] for stage in older["stages"]] == ["exact", "statistics", "rotation", "rank", "norm"]
+    assert [(data["role"], data["licence"]) for data in record["data"]] == [("real text", LICENCE)]
     assert load(made).config.kv_lora_rank == 12
     assert not (tmp_path / "made.convert").exists()
     before = (made / "model.safetensors").stat().st_mtime_ns
@@ -73,6 +78,16 @@ def test_heals_last_and_is_then_done(given: list[str], tmp_path: Path, capsys: p
     assert "is this conversion already" in captured.err
     assert list(_stages(captured.out)) == list(stages)
     assert (made / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_first_layers_stay_dense(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*given, "--experts", "4", "--active", "0.75", "--stop-after", "split"]
+    assert app.run([*asked, "--dense-layers", "2"]) == 2
+    assert "dense_layers is 2 of 2 layers: at least one must become experts" in capsys.readouterr().err
+    assert app.run([*asked, "--dense-layers", "1", "--json"]) == 0
+    assert "--dense-layers 1" in str(_stages(capsys.readouterr().out)["split"]["command"])
+    published = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert (published["first_k_dense_replace"], published["intermediate_size"]) == (1, 72)
 
 
 def test_without_text_the_model_writes_its_own(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import daedal
 from daedal.cli import app
 from daedal.cli.training_display import TrainingDisplay
+from daedal.distill.compared import read_evaluations
 from daedal.distill.provenance import verify
 from tests.tiny import tiny_checkpoint
 
@@ -40,6 +41,7 @@ def recipe(tmp_path: Path) -> Path:
     rows = [" ".join(draw.choices(SENTENCE.split(), k=draw.randint(20, 60))) for _ in range(60)]
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "sources.toml").write_text('["text.jsonl"]\nlicence = "CC0-1.0"\n', encoding="utf-8")
     student = tiny_checkpoint(tmp_path / "student", "deepseek_v3", seed=1)
     teacher = tiny_checkpoint(tmp_path / "teacher", "llama", hidden_size=64)
     path = tmp_path / "small.py"
@@ -74,6 +76,9 @@ def test_a_recipe_becomes_a_stock_checkpoint(recipe: Path, tmp_path: Path, capsy
     assert list((out / "signals" / "big").glob("part-*.safetensors"))
     record = verify(out / "model")
     assert record["teachers"][0]["obtained"] == "hidden states of the local weights"
+    assert [(data["role"], data["licence"]) for data in record["data"]] == [("real text", "CC0-1.0")]
+    evaluations = read_evaluations(out / "curve.json")  # as `daedal grounding --curve` does
+    assert (evaluations.tokens_E[0], evaluations.tokens_E[-1]) == (0, 128 * 12)
     ids = torch.randint(4, 300, (2, 24))
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
