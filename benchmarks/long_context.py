@@ -40,8 +40,8 @@ from daedal.config import ModelConfig
 from daedal.infer.cache import REWIND
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
-from daedal.model.packing import WEIGHTS
 from daedal.model.transformer import Transformer, empty, initialise
+from daedal.packed import WEIGHTS
 
 PAGE = 128
 ROUNDS = 101  # at most; each times one decode step at every context

@@ -28,7 +28,8 @@ from daedal.checkpoint.writing import published_config
 from daedal.config import ModelConfig
 from daedal.cost import presets
 from daedal.model.transformer import empty, initialise
-from daedal.ops.packed import FORMATS, pack
+from daedal.ops.packed import pack
+from daedal.packed import FORMATS
 from daedal.places import cache_directory
 
 CONFIGS = {

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from daedal.checkpoint.load import load
 from daedal.checkpoint.sources import resolve
-from daedal.model.packing import WEIGHTS
 from daedal.model.transformer import Transformer
+from daedal.packed import WEIGHTS
 from daedal.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

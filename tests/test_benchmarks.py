@@ -12,7 +12,9 @@ import torch
 import daedal
 from daedal.checkpoint.save import save
 from daedal.config import ModelConfig
+from daedal.cost.count import active_params
 from daedal.model.transformer import empty, initialise
+from daedal.shapes import parameters
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -107,3 +109,19 @@ def test_quality_compares_checkpoints_that_were_made_of_the_model(bench: Any, ch
         assert rows["as it was"] == rows["unpacked"]
     with pytest.raises(argparse.ArgumentTypeError, match="no NAME=PATH"):
         quality.named(str(checkpoint))
+
+
+def test_families_of_one_size_are_alike_in_what_a_token_meets(bench: Any, tmp_path: Path) -> None:
+    intelligence = bench("cost_of_intelligence")
+    options = argparse.Namespace(
+        out=tmp_path, vocabulary=1024, context=256, batch=4096, tokens=500_000, rate=8e-3, seed=0
+    )
+    for size in (2, 3, 4):
+        configs = {
+            family: ModelConfig.from_published(intelligence.recipe(family, size, options).published())
+            for family in intelligence.FAMILIES
+        }
+        assert [config.model_type for config in configs.values()] == ["llama", "deepseek_v3", "deepseek_v3"]
+        assert [config.n_routed_experts for config in configs.values()] == [0, 0, 8]
+        active = [active_params(config, parameters(config)) for config in configs.values()]
+        assert max(active) / min(active) < 1.03

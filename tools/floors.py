@@ -16,13 +16,13 @@ from pathlib import Path
 
 PACKAGE = "daedal"
 FLOORS = (
-    ("config", "checks", "published", "published_v4", "rope", "shapes", "layouts", "places", "errors"),
-    ("ops", "text", "cost", "mesh"),
+    ("config", "checks", "published", "published_v4", "rope", "shapes", "layouts", "packed", "places", "errors"),
+    ("ops", "text", "cost", "charts", "mesh"),
     ("model",),
     ("checkpoint",),
     ("infer", "train", "convert", "ports"),
     ("serve", "eval", "bench"),
-    ("distill",),
+    ("distill", "report"),
     ("cli", "__init__", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,8 +32,10 @@ WITHOUT_TORCH = (
     "config",
     "shapes",
     "layouts",
+    "packed",
     "errors",
     "cost",
+    "report",
     "infer.scheduler",
     "infer.pages",
     "infer.request",

@@ -20,8 +20,9 @@ from daedal.config import ModelConfig
 from daedal.model.forward_pass import ForwardPass, Indexed
 from daedal.model.linear import Linear, like
 from daedal.model.norm import RMSNorm
-from daedal.ops.packed import PANEL, Packed
+from daedal.ops.packed import Packed
 from daedal.ops.rows import FlatRows, Rows
+from daedal.packed import PANEL
 
 LATENT_NORM_EPS = 1e-6  # the latents' norms keep this value in every release, whatever rms_norm_eps says
 

@@ -11,9 +11,9 @@ from daedal.config import ModelConfig
 from daedal.shapes.attention import attention
 from daedal.shapes.feed_forward import feed_forward
 from daedal.shapes.memory import rows
-from daedal.shapes.slot import DTYPE_BITS, ROLES, Slot
+from daedal.shapes.slot import DTYPE_BITS, EIGHT_BIT_GROUP, ROLES, Slot, eight_bit_row
 
-__all__ = ["DTYPE_BITS", "ROLES", "Slot", "cache", "drafting", "parameters"]
+__all__ = ["DTYPE_BITS", "EIGHT_BIT_GROUP", "ROLES", "Slot", "cache", "drafting", "eight_bit_row", "parameters"]
 
 
 def parameters(config: ModelConfig) -> list[Slot]:

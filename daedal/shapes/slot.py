@@ -16,6 +16,8 @@ DTYPE_BITS = MappingProxyType(
     }
 )
 
+EIGHT_BIT_GROUP = 64  # numbers of a row in eight bits that share a scale
+
 ROLES = (
     "embedding",
     "head",
@@ -68,3 +70,11 @@ class Slot:
     def nbytes(self) -> int:
         """As shipped; scales of quantised weights not included."""
         return self.numel * DTYPE_BITS[self.dtype] // 8 if self.packed is None else self.packed
+
+
+def eight_bit_row(width: int, exact: int) -> int:
+    """Bytes of a cached row: `width` numbers in FP8, a scale byte for each group of them, `exact` numbers in bfloat16,
+    and a byte of padding where the sum is odd.
+    """
+    used = 2 * exact + width + -(-width // EIGHT_BIT_GROUP)
+    return used + used % 2
