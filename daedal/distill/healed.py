@@ -41,7 +41,7 @@ class Healing:
     trained: tuple[str, ...] = ("attention", "norm")
     share: float = 0.7
     gate: Gate | None = None
-    rate: float = 2e-4
+    rate: float = 1e-4
     warmup: float = 0.02
     floor: float = 0.05
     clip: float = 1.0
