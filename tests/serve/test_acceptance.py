@@ -8,7 +8,7 @@ from tests.tiny import tiny_model
 
 
 def _counted(engine: Engine) -> dict[str, float]:
-    lines = Metrics(engine.stats).render().decode().splitlines()
+    lines = Metrics(engine.stats, "tiny").render().decode().splitlines()
     samples = (line.rsplit(" ", 1) for line in lines if line.startswith("daedal:spec_decode"))
     return {name: float(value) for name, value in samples}
 
