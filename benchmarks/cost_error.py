@@ -1,7 +1,8 @@
 """The planner beside what was measured: `python benchmarks/cost_error.py [--plot FILE.png]`.
 
 Our own rates are from `cost_measured.json`, which `cost_measured.py` writes with this machine's ceilings before and
-after each run: predictions take their mean. `--once` takes the median of all for all, as someone has them who
+after each run: predictions take their mean. A point that was measured in several rounds counts once, with the medians
+of what was measured and of what was predicted. `--once` takes the median of all for all, as someone has them who
 calibrates once. The rest is from `cost_pairs.toml`. Every pair is predicted from ceilings and a model's configuration
 alone. Rows that anything was fitted to are marked and left out of the sums, which `daedal/cost/efficiency.toml` repeats
 for the command. Ends with one JSON line. Loads no torch and measures nothing.
@@ -12,7 +13,7 @@ import json
 import statistics
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,15 @@ def pairs(table: dict[str, Any] | None = None, ours: dict[str, Any] | None = Non
 
 def _pairs(table: dict[str, Any], ours: dict[str, Any]) -> Iterator[Pair]:
     money, chips = prices.read(), ours["chips"]
+    repeats: dict[tuple[str, ...], list[Pair]] = {}
     for point in ours["points"]:
         run = {"kv_cache_dtype": "bf16", "fitted": False, **point}
         beside = hardware.described(median(chips[point["run"] : point["run"] + 2]))
-        yield _pair(_model(table, run), beside, 1, run, point, money)
+        same = tuple(point[key] for key in ("model", "weights", "phase", "asked"))
+        repeats.setdefault(same, []).append(_pair(_model(table, run), beside, 1, run, point, money))
+    for found in repeats.values():
+        rates = {side: statistics.median(getattr(pair, side) for pair in found) for side in ("measured", "predicted")}
+        yield replace(found[0], **rates)
     machine = hardware.described(median(chips))
     for run in (one for one in table["measured"] if one["threads"] == ours["threads"]):
         for case in run["cases"]:

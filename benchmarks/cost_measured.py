@@ -1,10 +1,10 @@
-"""What `cost_error.py` compares with predictions: `python benchmarks/cost_measured.py [--out FILE]`, 4 minutes.
+"""What `cost_error.py` compares with predictions: `python benchmarks/cost_measured.py [--rounds 5]`, 4 minutes a round.
 
 Calibrates this machine before each run of a model and after the last, as `daedal bench --calibrate` does but shorter:
-machines that are shared run faster and slower from minute to minute. A run measures prompts and decoding of one model
-through the engine. Nothing is predicted here and nothing is fitted. Models that are not in Daedal's cache are written
-there, with random weights. A machine at work cannot be measured by the clock: `--cpu-time` uses one thread and counts
-the seconds that it had a processor.
+machines that are shared run faster and slower from minute to minute, so everything is measured in several rounds. A run
+measures prompts and decoding of one model through the engine. Nothing is predicted here and nothing is fitted. Models
+that are not in Daedal's cache are written there, with random weights. A machine at work cannot be measured by the
+clock: `--cpu-time` uses one thread and counts the seconds that it had a processor.
 """
 
 import argparse
@@ -80,9 +80,11 @@ def _point(phase: str, batch: int, held: int, tokens: int, timing: Timing) -> di
 
 
 def measure(
-    runs: Sequence[str], asked: Sequence[str], long: int, clock: Clock, seconds: float, effort: Effort
+    runs: Sequence[str], asked: Sequence[str], long: int, rounds: int, clock: Clock, seconds: float, effort: Effort
 ) -> dict[str, Any]:
-    """chips: this machine, before each run and after the last. points: `run` is the number of the run, from 0."""
+    """chips: this machine, before each run and after the last. points: `run` is the number of the run, from 0, counted
+    through all rounds; points of the same model, weights, phase and `asked` are one measurement repeated.
+    """
     chips: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
 
@@ -92,15 +94,16 @@ def measure(
         )
         chips.append({name: value for name, value in asdict(found.chip).items() if value is not None})
 
-    for number, run in enumerate(runs):
+    for number, run in enumerate(run for _ in range(rounds) for run in runs):
         calibrate()
         name, _, weights = run.partition(":")
         log.print(f"measuring {name} in {weights}")
         model = load(checkpoint(name), device="cpu", dtype=torch.bfloat16, weights=weights)
-        for which in (*asked, *([LONG] if number < long else [])):
+        for which in (*asked, *([LONG] if number % len(runs) < long else [])):
             batch, _, context = which.partition("x")
             found = measured(model, int(batch), int(context), clock, seconds)
-            points.extend({"run": number, "model": name, "weights": weights, **point} for point in found)
+            told = {"run": number, "asked": which, "model": name, "weights": weights}
+            points.extend({**told, **point} for point in found)
     calibrate()
     return {"chips": chips, "points": points}
 
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=RUNS, metavar="MODEL:WEIGHTS")
     parser.add_argument("--points", nargs="+", default=POINTS, metavar="BATCHxCONTEXT")
     parser.add_argument("--long", type=int, default=5, help=f"so many of the runs also at {LONG}")
+    parser.add_argument("--rounds", type=int, default=5, help="of all runs")
     parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement at least")
     parser.add_argument("--effort", type=float, default=0.04, help="seconds of each figure of a calibration")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time")
@@ -123,7 +127,9 @@ def main() -> None:
         checkpoint(run.partition(":")[0])
     others, started = Others(), time.perf_counter()
     effort = Effort(seconds=arguments.effort, read_bytes=READ_BYTES)
-    found = measure(arguments.runs, arguments.points, arguments.long, clock, arguments.seconds, effort)
+    found = measure(
+        arguments.runs, arguments.points, arguments.long, arguments.rounds, clock, arguments.seconds, effort
+    )
     told = {
         **circumstances(),
         "clock": "one thread's time on a processor" if arguments.cpu_time else "wall",

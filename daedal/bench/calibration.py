@@ -215,6 +215,7 @@ def _chip(
     rates = {form: rate.per_second for form, rate in multiplied.items()}
     peak = {"float32": rates["float32"], "bf16": max(rates["bfloat16"], rates.get("bf16", 0.0))}
     peak |= {name: rates[form] for form, name in _PEAKS.items() if form in rates}
+    bandwidth_by = {name: read[form].per_second / bandwidth for name, form in _served(tuple(read)).items()}
     cache_by = {kind: rate.per_second / bandwidth for kind, rate in attended.decode.items()}
     attention_by = {kind: rate.per_second / peak["bf16"] for kind, rate in attended.prefill.items()}
     return Chip(
@@ -227,6 +228,7 @@ def _chip(
         watts_peak=watts if watts is not None and watts > 0 else None,
         reached={
             "bandwidth": read.get("int8", read["bfloat16"]).per_second / bandwidth,
+            "bandwidth_by": bandwidth_by,
             "cache": cache_by["latent"],
             "attention": attention_by["compressed"],
             "cache_by": cache_by,

@@ -36,8 +36,8 @@ class Efficiency:
     """Shares and overheads of a kind of chip, as `efficiency.toml` explains them. Known of measured machines only:
     sequence_seconds, expert_seconds: of a sequence beyond the first in a layer, and of an expert that a layer meets;
     prompt_layer_seconds: of a layer of a step that reads prompts, None for as any other; activations: bytes per second
-    of the rows that pass between matrices, None where they cost nothing; cache_by, attention_by: `cache` and
-    `attention` for the kinds of `work.Part`.
+    of the rows that pass between matrices, None where they cost nothing; bandwidth_by: `bandwidth` for weights of a
+    format; cache_by, attention_by: `cache` and `attention` for the kinds of `work.Part`.
     """
 
     compute: float
@@ -56,6 +56,7 @@ class Efficiency:
     expert_seconds: float = 0.0
     prompt_layer_seconds: float | None = None
     activations: float | None = None
+    bandwidth_by: Mapping[str, float] = field(default_factory=dict, hash=False)
     cache_by: Mapping[str, float] = field(default_factory=dict, hash=False)
     attention_by: Mapping[str, float] = field(default_factory=dict, hash=False)
     median_error: float | None = None

@@ -80,9 +80,10 @@ def step(
 def timed(part: Part, chip: Chip, reached: Efficiency, devices: int = 1, tier: str | None = None) -> Timed:
     """One part of a step, alone."""
     share = reached.attention_by.get(part.kind or "", reached.attention) if part.cache_bytes else reached.compute
+    bandwidth = reached.bandwidth_by.get(part.arithmetic, reached.bandwidth)
     cache = reached.cache_by.get(part.kind or "", reached.cache)
     seconds = {
-        MEMORY: (part.weight_bytes / reached.bandwidth + part.cache_bytes / cache) / chip.bandwidth,
+        MEMORY: (part.weight_bytes / bandwidth + part.cache_bytes / cache) / chip.bandwidth,
         COMPUTE: part.flops / (share * chip.rate(part.arithmetic)),
     }
     if part.link_bytes:

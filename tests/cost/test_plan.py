@@ -289,6 +289,13 @@ def test_each_kind_of_attention_has_its_own_shares_where_they_were_measured() ->
     assert seconds == pytest.approx(expected)
 
 
+def test_weights_of_a_format_are_read_at_its_own_share_where_it_was_measured() -> None:
+    chip = replace(hardware.read("h200"), bandwidth=1e12)
+    reached = replace(hardware.efficiency(chip), bandwidth=1.0, bandwidth_by={"w4": 0.5})
+    parts = [work.Part(name="head", weight_bytes=1e12, arithmetic=form) for form in ("w4", "int8")]
+    assert [roofline.timed(part, chip, reached).seconds for part in parts] == pytest.approx([2.0, 1.0])
+
+
 def test_experts_get_their_share_of_the_rows() -> None:
     model = _model("deepseek-v3")
     experts = {part.name: part for part in work.decode(model, batch=1, context=16)}
