@@ -5,8 +5,8 @@
 
 A small model learns a Markov chain whose frequent tokens draw each other to few experts. The same run, with the same
 weights and data, is made with biases (V3, section 2.1.2) as recipes have them: a peak speed that follows from the
-number of steps, falling as the rate does, and the sequence-wise loss at V3's 1e-4; with biases of one speed all along;
-with an auxiliary loss alone, at strengths that are usual for it; and with neither. MaxVio is the busiest expert's load
+number of steps and the rate, falling as the rate does, and the sequence-wise loss at V3's 1e-4; with biases of one
+speed all along; with an auxiliary loss alone, at strengths that are usual for it; and with neither. MaxVio is the busiest expert's load
 over the mean, less one, the mean over layers: of the finished model on unread text (MaxVio_global of arXiv 2408.15664),
 and of single steps, the mean over the last tenth of the run. The loss is that of unread text, less the chain's
 entropy, which no model can go below; `dearer` is what it has more than with the auxiliary loss of the same seed.
@@ -139,7 +139,7 @@ def run(way: Way, model: Transformer, data: Path, span: Span, *, seed: int) -> F
     schedule = Schedule(steps=span.steps, warmup=span.steps // 20, decay="linear", floor=0.0)
     optimizers = Optimizers(groups(model, model.config), OptimizerConfig(rate=span.rate, schedule=schedule))
     batches = Batches(Sampler(Dataset.open(data), context=CONTEXT, seed=seed), global_batch=span.samples)
-    speed = best_bias_speed(span.steps) if way.speed is None else way.speed
+    speed = best_bias_speed(span.steps, span.rate) if way.speed is None else way.speed
     config = LoopConfig(bias_speed=speed, bias_schedule=schedule if way.falls else None)
     steps = (batches.at(step) for step in range(span.steps))
     violations = []

@@ -26,6 +26,7 @@ LARGEST = 48
 _TOKENS_PER_PARAMETER = 20  # Chinchilla (arXiv 2203.15556)
 _PUBLISHED_BIAS_SPEED = 1e-3  # V3, section 4.2; V4
 _BIAS_REACH = 3.0  # score, which is what biases are added to: peak speed x steps of a short run
+_BIAS_LEAD = 3.0  # score of a step over the peak rate: what keeps biases ahead of routers
 _STAGES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {"deepseek_v3": {"dense": 1.0}, "deepseek_v4": {"dense": 0.2, "warm-up": 0.02, "sparse": 0.78}}
 )
@@ -204,13 +205,14 @@ class Recipe:
             )
         steps = max(1, tokens // (samples * context))
         warmup = min(V4_WARMUP, steps // 20) if self.warmup is None else self.warmup
+        rate = self.rate or _best_rate(compute)
         return Plan(
             context=context,
             samples=samples,
             micro_samples=max(1, self.micro_tokens // context),
             steps=steps,
-            rate=self.rate or _best_rate(compute),
-            bias_speed=best_bias_speed(steps) if self.bias_speed is None else self.bias_speed,
+            rate=rate,
+            bias_speed=best_bias_speed(steps, rate) if self.bias_speed is None else self.bias_speed,
             schedule=self._schedule(steps, warmup),
             flops_per_token=flops,
             evaluate_every=self.evaluate_every or max(1, steps // 8),
@@ -330,11 +332,11 @@ def _best_batch(compute: float) -> float:
     return 0.2920 * math.pow(compute, 0.3271)
 
 
-def best_bias_speed(steps: int) -> float:
-    """V3's 0.001, or what a run of so few steps needs: biases have to get past the spread of the scores, a few tenths,
-    in its first tenth (docs/training.md has the measurements).
+def best_bias_speed(steps: int, rate: float) -> float:
+    """V3's 0.001, or what a short or hot run needs: biases have to get past the spread of the scores, a few tenths, in
+    its first tenth, and be as fast as routers that learn at the peak `rate` (docs/training.md has the measurements).
     """
-    return max(_PUBLISHED_BIAS_SPEED, min(1.0, _BIAS_REACH / steps))
+    return max(_PUBLISHED_BIAS_SPEED, min(1.0, max(_BIAS_REACH / steps, _BIAS_LEAD * rate)))
 
 
 def _power_of_two(value: float) -> int:

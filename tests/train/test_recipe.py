@@ -112,13 +112,15 @@ def test_micro_batches_are_as_few_as_fit() -> None:
     assert [plan.micro_batches(count) for count in (1, 2, 4, 12)] == [3, 2, 1, 1]
 
 
-def test_biases_are_as_fast_as_published_and_faster_where_a_run_is_too_short_for_that() -> None:
-    def speed(steps: int, **settings: float) -> float:
+def test_biases_are_as_fast_as_published_and_faster_where_a_run_is_short_or_its_rate_is_high() -> None:
+    def speed(steps: int, rate: float = 2.2e-4, **settings: float) -> float:
+        settings["rate"] = rate
         recipe = Recipe(size=2, context=64, batch=64, tokens=64 * steps, **settings)  # type: ignore[arg-type]
         return recipe.plan(config_of(recipe)).bias_speed
 
     assert speed(10**6) == speed(3000) == 1e-3
-    assert speed(300) == pytest.approx(1e-2)
+    assert speed(300) == speed(300, rate=1e-3) == pytest.approx(1e-2)
+    assert speed(3000, rate=1e-2) == speed(300, rate=1e-2) == pytest.approx(3e-2)
     assert speed(1) == 1.0
     assert speed(300, bias_speed=0.0) == 0.0
     with pytest.raises(ConfigError, match=r"`bias_speed` is 2"):
