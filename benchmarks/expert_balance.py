@@ -6,10 +6,11 @@
 A small model learns a Markov chain whose frequent tokens draw each other to few experts. The same run, with the same
 weights and data, is made with biases (V3, section 2.1.2) as recipes have them: a peak speed that follows from the
 number of steps and the rate, falling as the rate does, and the sequence-wise loss at V3's 1e-4; with biases of one
-speed all along; with an auxiliary loss alone, at strengths that are usual for it; and with neither. MaxVio is the busiest expert's load
-over the mean, less one, the mean over layers: of the finished model on unread text (MaxVio_global of arXiv 2408.15664),
-and of single steps, the mean over the last tenth of the run. The loss is that of unread text, less the chain's
-entropy, which no model can go below; `dearer` is what it has more than with the auxiliary loss of the same seed.
+speed all along; with an auxiliary loss alone, at strengths that are usual for it; and with neither. MaxVio is the
+busiest expert's load over the mean, less one, the mean over layers: of the finished model on unread text (MaxVio_global
+of arXiv 2408.15664), and of single steps, the mean over the last tenth of the run. The loss is that of unread text,
+less the chain's entropy, which no model can go below; `dearer` is what it has more than with the auxiliary loss of the
+same seed.
 
 Two numbers say what can be reached. by chance: MaxVio of as many tokens as a step has, sent anywhere at random. whole:
 MaxVio where all of the most frequent token goes to the same experts; what is below it has parted one token's
