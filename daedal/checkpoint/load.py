@@ -87,7 +87,10 @@ def resolve_device(device: torch.device | str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise BackendError(f"device is {device!r}, which torch cannot read: write it as cpu, cuda or cuda:1") from error
+        raise BackendError(
+            f"device is {device!r}, which PyTorch does not know here: give {' or '.join(present)}, or auto (npu needs "
+            "torch-npu)"
+        ) from error
     if chosen.type not in present:
         raise BackendError(f"device is {str(device)!r}, this machine has {' and '.join(present)}: give one, or auto")
     return chosen

@@ -197,10 +197,11 @@ def _devices() -> list[str]:
 def _accelerator(kind: str, index: int) -> str:
     import torch
 
-    if kind != "cuda":
+    ask = getattr(getattr(torch, kind, None), "get_device_properties", None)
+    if ask is None:
         return f"{kind}:{index}"
-    properties = torch.cuda.get_device_properties(index)
-    return f"cuda:{index}: {properties.name}, {in_bytes(properties.total_memory)}"
+    properties = ask(index)
+    return f"{kind}:{index}: {properties.name}, {in_bytes(properties.total_memory)}"
 
 
 def _free_bytes(directory: Path) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-TOKENS, HIDDEN, HEADS, LATENT, ROTATED, EXPERTS, ACTIVE, WIDTH = 2, 256, 4, 128, 64, 8, 2, 128
+TOKENS, HIDDEN, HEADS, LATENT, ROTATED, EXPERTS, ACTIVE, WIDTH = 2, 256, 8, 512, 64, 8, 2, 128
 PAST, SPAN, RATE, CHOSEN, STREAMS, GROUPS = 127, 32, 4, 8, 4, 2
 
 
@@ -82,12 +82,12 @@ def _sparse(zeros: "Zeros", rows: "Callable[[int, int], FlatRows]") -> dict[str,
 
     place = tuple(range(TOKENS + 1)), (PAST,) * TOKENS
     entries = (PAST + 1) // RATE
-    choosing = zeros(TOKENS, HEADS, WIDTH), zeros(TOKENS, HEADS, of=torch.float32)
+    choosing = zeros(TOKENS, HEADS, WIDTH), zeros(TOKENS, HEADS, of=torch.float32)  # by an indexer of V3.2
     chosen_TA = torch.arange(CHOSEN, device=choosing[0].device).expand(TOKENS, CHOSEN)
     attending = rows(entries, LATENT), chosen_TA, rows(SPAN, LATENT), zeros(HEADS, of=torch.float32)
     settings = {"value_dim": LATENT, "scale": 0.1, "rate": RATE, "span": SPAN}
     return {
-        "choose_entries": ((*choosing, *place, rows(entries, WIDTH)), {"count": CHOSEN, "rate": RATE}),
+        "choose_entries": ((*choosing, *place, rows(PAST + 1, WIDTH)), {"count": CHOSEN, "rate": 1}),
         "sparse_attention": ((zeros(TOKENS, HEADS, LATENT), *place, *attending), settings),
     }
 

@@ -102,8 +102,8 @@ def _chosen(wishes: Wishes) -> "tuple[Recipe, torch.device]":
 
     recipe = read_recipe(wishes.path, wishes.settings, Recipe)
     where = wishes.open_device()
-    if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if where.type != "cpu":
+        where = torch.device(where.type, int(os.environ.get("LOCAL_RANK", "0")))
     if recipe.precision == "auto":
         precision = choose_dtype("auto", where)
         recipe = recipe.with_settings({"precision": str(precision.dtype).removeprefix("torch.")})

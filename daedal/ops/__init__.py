@@ -342,6 +342,7 @@ from daedal.ops.backends import aten_compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import aten_scaled  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import triton as _triton  # noqa: E402, F401  isort: skip
 from daedal.ops.backends import cublas  # noqa: E402, F401  isort: skip
+from daedal.ops.backends import npu as _npu  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import attention as _attention  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import compress as _compress  # noqa: E402, F401  isort: skip
 from daedal.ops.backends.cpu import experts as _experts  # noqa: E402, F401  isort: skip

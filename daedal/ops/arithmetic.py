@@ -230,6 +230,7 @@ _BLOCK = Rounding(element="e4m3", along=128, across=128)
 _MX = Rounding(element="e4m3", along=32, across=1)
 _MX_FP4 = Rounding(element="e2m1", along=32, across=1)
 _SQUARE_INT8 = Rounding(element="int8", along=32, across=32, scale="float32")
+_ROW_INT8 = Rounding(element="int8", across=1, scale="float32")
 _HIF8 = Rounding(element="hif8", largest=15.0)
 _HIF8_GRADIENT = Rounding(element="hif8", largest=224.0)
 
@@ -243,10 +244,12 @@ MXFP8 = Arithmetic(name="mxfp8", activations=_MX, weights=_MX, gradients=_MX)
 FP4 = Arithmetic(name="fp4", activations=_TILE, weights=_BLOCK, gradients=_TILE, stored=_MX_FP4)
 # As Jetfire: 32 x 32 for all factors.
 INT8 = Arithmetic(name="int8", activations=_SQUARE_INT8, weights=_SQUARE_INT8, gradients=_SQUARE_INT8)
+# A scale for each token and each row of a matrix, which is what int8 units without finer scales multiply.
+W8A8 = Arithmetic(name="w8a8", activations=_ROW_INT8, weights=_ROW_INT8, gradients=_ROW_INT8)
 # One scale for a tensor. Forward, its largest number is brought to the end of the range with 3 bits of mantissa;
 # gradients, which spread wider, to that with 2.
 HIF8 = Arithmetic(name="hif8", activations=_HIF8, weights=_HIF8, gradients=_HIF8_GRADIENT)
 
 ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
-    {arithmetic.name: arithmetic for arithmetic in (BF16, FP8, MXFP8, FP4, INT8, HIF8)}
+    {arithmetic.name: arithmetic for arithmetic in (BF16, FP8, MXFP8, FP4, INT8, W8A8, HIF8)}
 )

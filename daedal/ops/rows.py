@@ -7,7 +7,7 @@ layers or schedulers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -170,7 +170,7 @@ class PagedRows:
         """[S_i, ...]: a view where the pages follow one another in the pool, else a gathered copy."""
         used, first = self.pages.used(index), self.pages.first_pages[index]
         if first is None:
-            held = self.pool.index_select(0, torch.tensor(used, device=self.pool.device))
+            held = self.pool.index_select(0, _used(self.pages, self.pool.device)[index])
         else:
             held = self.pool[first : first + len(used)]
         return self._numbers(held.flatten(0, 1)[: self.lengths[index]])
@@ -180,7 +180,7 @@ class PagedRows:
         first = self.pages.first_pages[index]
         if first is not None:
             return self._numbers(self.pool.flatten(0, 1)[first * self.pages.page_size + chosen])
-        rows_S = self.pages.positions[index].to(self.pool.device)
+        rows_S = _positions(self.pages, self.pool.device)[index]
         return self._numbers(self.pool.flatten(0, 1)[rows_S[chosen]])
 
     def select(self, indices: Sequence[int]) -> "PagedRows":
@@ -193,7 +193,7 @@ class PagedRows:
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """(rows [B, S, ...], hidden_BS): a copy of all rows, short sequences padded to the longest."""
-        index_BS, hidden_BS = (tensor.to(self.pool.device) for tensor in self.pages.rectangle)
+        index_BS, hidden_BS = _rectangle(self.pages, self.pool.device)
         return self._numbers(self.pool.flatten(0, 1)[index_BS]), hidden_BS
 
     def held(self, rows: Tensor) -> Tensor:
@@ -212,3 +212,28 @@ def _side_by_side(parts: list[Tensor]) -> FlatRows:
     for part in parts:
         starts.append(starts[-1] + part.shape[0])
     return FlatRows(parts[0] if len(parts) == 1 else torch.cat(parts), tuple(starts))
+
+
+# What follows from a step's pages, on the device where its rows lie: copied once for all layers.
+
+
+@lru_cache(maxsize=8)
+def page_table(pages: Pages, device: torch.device) -> Tensor:
+    """`Pages.table_BP`."""
+    return pages.table_BP.to(device)
+
+
+@lru_cache(maxsize=8)
+def _used(pages: Pages, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(pages.used(index), device=device) for index in range(len(pages.lengths)))
+
+
+@lru_cache(maxsize=8)
+def _positions(pages: Pages, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(rows_S.to(device) for rows_S in pages.positions)
+
+
+@lru_cache(maxsize=8)
+def _rectangle(pages: Pages, device: torch.device) -> tuple[Tensor, Tensor]:
+    index_BS, hidden_BS = pages.rectangle
+    return index_BS.to(device), hidden_BS.to(device)

@@ -22,11 +22,18 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 def check(op: str, make: Callable[[], Call]) -> tuple[str, float]:
     """(the backend that was chosen, its largest error as a share of the largest number). make: fresh arguments, the
-    same at each call. BackendError where the error is beyond `TOLERANCE`, or whole numbers differ.
+    same at each call. BackendError where it fails, the error is beyond `TOLERANCE`, or whole numbers differ.
     """
     args, kwargs = make()
     backend = next(choice.backend for choice in REGISTRY.explain(op, *args, **kwargs) if choice.chosen)
-    given = list(_numbers((REGISTRY.call(op, *args, **kwargs), args)))
+    try:
+        given = list(_numbers((REGISTRY.call(op, *args, **kwargs), args)))
+    except (RuntimeError, TypeError, AttributeError) as failure:
+        told = str(failure).partition("\n")[0]
+        raise BackendError(
+            f"backend {backend!r} fails at {op} ({type(failure).__name__}: {told}): reinstall what it is made of, or "
+            f"set DAEDAL_OPS={REFERENCE} to do without it"
+        ) from failure
     args, kwargs = make()
     with REGISTRY.using(REFERENCE):
         wanted = list(_numbers((REGISTRY.call(op, *args, **kwargs), args)))
@@ -49,8 +56,8 @@ def _error(given: Tensor, wanted: Tensor) -> float:
         return 0.0 if torch.equal(given, wanted) else float("inf")
     if not wanted.numel():
         return 0.0
-    exact = wanted.double()
-    return float((given.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+    exact = wanted.cpu().double()  # on the host: not every chip has float64
+    return float((given.cpu().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
 def _numbers(found: Any) -> Iterator[Tensor]:

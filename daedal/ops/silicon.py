@@ -33,6 +33,8 @@ class Profile:
     device: str
     target: str
     formats: frozenset[str]
+    doubles: bool = True
+    called: tuple[str, ...] = ()
     cores: int | None = None
     lanes: int | None = None
     on_chip_bytes: int | None = None
@@ -45,6 +47,8 @@ class Profile:
             value = getattr(self, label)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{label} of {self.key} is {value!r}: it must be a whole number above 0, or left out")
+        if not isinstance(self.doubles, bool):
+            raise ConfigError(f"doubles of {self.key} is {self.doubles!r}: it must be true or false")
         if "float32" not in self.formats:
             raise ConfigError(f"formats of {self.key} lack float32: every chip has it")
 
@@ -97,7 +101,8 @@ def assumed(profile: Profile) -> Iterator[None]:
 def described(key: str, row: dict[str, Any]) -> Profile:
     """A profile from a row of `silicon.toml`."""
     try:
-        lists = {"formats": frozenset(row["formats"]), "memory": tuple(row.get("memory", ()))}
+        lists: dict[str, Any] = {name: tuple(row.get(name, ())) for name in ("memory", "called")}
+        lists["formats"] = frozenset(row["formats"])
         return Profile(key=key, **{**row, **lists})
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{key} is described with {error} amiss: silicon.toml explains the fields") from None
@@ -117,7 +122,7 @@ def _present(kind: str, index: int | None) -> Profile:
     if kind == "cpu":
         return replace(plain, name="CPU", formats=_PLAIN | {"int8"}, cores=os.cpu_count())
     if kind != "cuda":
-        return plain
+        return _called(kind, index, plain)
     properties = torch.cuda.get_device_properties(torch.device(kind, index or 0))
     target = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
@@ -132,3 +137,13 @@ def _present(kind: str, index: int | None) -> Profile:
         lanes=properties.warp_size,
         on_chip_bytes=getattr(properties, "shared_memory_per_block_optin", known.on_chip_bytes),
     )
+
+
+def _called(kind: str, index: int | None, plain: Profile) -> Profile:
+    """The chip that is called as torch calls the one at hand; `plain` where torch does not tell, or nobody knows it."""
+    ask = getattr(getattr(torch, kind, None), "get_device_properties", None)
+    name = "" if ask is None else str(getattr(ask(index or 0), "name", ""))
+    alike = (profile for profile in _table().values() if profile.device == kind and name.startswith(profile.called))
+    # PyTorch's kernels for Apple's chips have no float64 either, whichever chip it is.
+    known = next(alike, replace(plain, doubles=kind != "mps"))
+    return replace(known, key=THIS, name=name or plain.name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from daedal.errors import ConfigError
+from daedal.ops import silicon
 from daedal.train.bounds import number
 from daedal.train.owners import local
 
@@ -71,16 +72,16 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def _squares(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of squared gradients as one float64, summed over what DTensors are sharded over."""
+    """The sum of squared gradients in the widest type of the chip, summed over what DTensors are sharded over."""
     buckets: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         # The bucket is made from the parameter: a gradient may be missing, and all must exchange the same sums.
         bucket = buckets[_sharded_over(parameter)]
         if parameter.grad is not None:
             bucket.append(_square(local(parameter.grad)))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=_widest(device), device=device)
     for groups, found in buckets.items():
-        squares = torch.stack(found).sum().to(device) if found else torch.zeros_like(total)
+        squares = torch.stack(found).sum().to(device, total.dtype) if found else torch.zeros_like(total)
         for group in groups:
             dist.all_reduce(squares, dist.ReduceOp.SUM, group)
         total += squares
@@ -88,13 +89,19 @@ def _squares(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """The sum of squares as a float64. float32 serves for a thousand numbers; over millions its sums stand still."""
+    """The sum of squares in the widest type of the chip. float32 serves for a thousand numbers; over millions its sums
+    may stand still, which is why a chip that has nothing wider adds up sums of a thousand.
+    """
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     flat = gradient.reshape(-1)
     even = flat.numel() // _STRETCH * _STRETCH
     stretches = torch.linalg.vector_norm(flat[:even].view(-1, _STRETCH), dim=1, dtype=wide)
     rest = torch.linalg.vector_norm(flat[even:], dtype=wide)
-    return torch.cat((stretches, rest.view(1))).double().square().sum()
+    return torch.cat((stretches, rest.view(1))).to(_widest(gradient.device)).square().sum()
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float64 if silicon.of(device).doubles else torch.float32
 
 
 def _sharded_over(parameter: Tensor) -> tuple[dist.ProcessGroup, ...]:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from daedal.ops import silicon
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Processes:
@@ -30,7 +32,10 @@ class Processes:
         """The same, of a tensor; the result lies on the CPU."""
         if self.group is None:
             return values.cpu()
-        together = values.to(self.device, copy=True)
+        device = torch.device(self.device)
+        # A few numbers: where the chip has no float64 they go through the host.
+        narrow = values.dtype == torch.float64 and not silicon.of(device).doubles
+        together = values.to("cpu" if narrow else device, copy=True)
         dist.all_reduce(together, group=self.group)
         return together.cpu()
 
@@ -41,7 +46,7 @@ class Processes:
         name may not.
         """
         if self.group is None:
-            return {name: tensor.double().cpu() for name, tensor in named.items()}
+            return {name: tensor.cpu().double() for name, tensor in named.items()}
         told: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(told, {name: tuple(tensor.shape) for name, tensor in named.items()}, group=self.group)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -51,7 +56,7 @@ class Processes:
         own = [named[name] if name in named else torch.zeros(shapes[name]) for name in names]
         if not own:
             return {}
-        together = self.sum(torch.cat([tensor.detach().double().cpu().flatten() for tensor in own]))
+        together = self.sum(torch.cat([tensor.detach().cpu().double().flatten() for tensor in own]))
         pieces = together.split([prod(shapes[name]) for name in names])
         return {name: piece.view(shapes[name]) for name, piece in zip(names, pieces, strict=True)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daedal.ops.backends.aten import BACKEND, rms_norm, rotary
 from daedal.ops.registry import REGISTRY
-from daedal.ops.rows import PagedRows
+from daedal.ops.rows import PagedRows, page_table
 
 Numbers = tuple[int, ...]
 
@@ -78,7 +78,7 @@ def pool_groups(
 
 def _entry_rows(groups: "_Groups", entries: PagedRows) -> Tensor:
     """Where each new entry goes among the rows of its pool."""
-    size, table_BP = entries.pages.page_size, entries.pages.table_BP.to(groups.numbers_N.device)
+    size, table_BP = entries.pages.page_size, page_table(entries.pages, groups.numbers_N.device)
     page_N = table_BP[groups.sequences_N, groups.numbers_N // size].long()
     return page_N * size + groups.numbers_N % size
 

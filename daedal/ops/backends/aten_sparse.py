@@ -254,7 +254,8 @@ def hyper_collapse(
     streams = wide(streams_TMD)
     flat = streams.flatten(1)
     mixes = (flat @ fn.to(flat.dtype).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
-    scales = scale.repeat_interleave(torch.tensor([num_streams, num_streams, num_streams**2], device=scale.device))
+    parts = (num_streams, num_streams, num_streams**2)
+    scales = torch.cat([one.expand(count) for one, count in zip(scale, parts, strict=True)])
     logits = torch.addcmul(base, mixes, scales)
     gates = logits[:, : 2 * num_streams].sigmoid()
     pre_TM, post_TM = gates[:, :num_streams] + eps, 2 * gates[:, num_streams:]

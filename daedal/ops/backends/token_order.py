@@ -32,15 +32,18 @@ class Order:
         """fills: up to a multiple of a unit that costs an eighth more rows at most, on average."""
         ids_N = ids_TA.flatten()
         order_N = ids_N.argsort(stable=True)
-        counts_E = torch.bincount(ids_N, minlength=num_experts)
+        sorted_N = ids_N[order_N]
+        # Searched and not counted: of a device's counts the host would have to read how many there are.
+        last_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=ids_N.device), right=True)
+        counts_E = last_E.diff(prepend=last_E.new_zeros(1))
         unit = _unit(ids_N.shape[0] // num_experts) if fills else 1
         filled_E = -(-counts_E // unit) * unit
         ends_E = filled_E.cumsum(0)
-        shift_E = ends_E - filled_E - (counts_E.cumsum(0) - counts_E)
-        sorted_N = torch.arange(ids_N.shape[0], device=ids_N.device) + shift_E[ids_N[order_N]]
+        shift_E = ends_E - filled_E - (last_E - counts_E)
+        rows_N = torch.arange(ids_N.shape[0], device=ids_N.device) + shift_E[sorted_N]
         num_rows = int(ends_E[-1]) if unit > 1 else ids_N.shape[0]
-        source_P = order_N.new_zeros(num_rows).scatter_(0, sorted_N, order_N // ids_TA.shape[1])
-        places_N = torch.empty_like(order_N).scatter_(0, order_N, sorted_N)
+        source_P = order_N.new_zeros(num_rows).scatter_(0, rows_N, order_N // ids_TA.shape[1])
+        places_N = torch.empty_like(order_N).scatter_(0, order_N, rows_N)
         return cls(source_P, places_N, ends_E.to(torch.int32))
 
 

@@ -151,10 +151,11 @@ def join(device: torch.device | str = "cpu", *, patience: float = 600.0) -> int:
         return 1
     if not dist.is_initialized():
         kind = torch.device(device).type
-        if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if kind != "cpu":
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         if kind == "cpu" and os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
             # Left to itself gloo may look for an address by the machine's name, and wait for it.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        dist.init_process_group("gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=patience))
+        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     return dist.get_world_size()
