@@ -67,6 +67,7 @@ class Daedal:
             max_context=length,
             page_size=self.PAGE,
             kv_cache_dtype=self.kv_cache_dtype,
+            prefix_caching=False,  # the same prompt is to be read every time
         )
 
     def _add(self, ids: list[int], *, name: str, answer: int) -> None:

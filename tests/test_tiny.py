@@ -11,6 +11,7 @@ import daedal
 from daedal.cost.count import report
 from daedal.serve.app import build_app
 from daedal.serve.service import Service
+from daedal.serve.thread_worker import ThreadWorker
 from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model
@@ -61,7 +62,7 @@ def test_serves_a_request(tmp_path: Path, family: str) -> None:
     directory = tiny_checkpoint(tmp_path, family)
     model, tokenizer = daedal.load(directory), Tokenizer.load(directory)
     service = Service(
-        engine=daedal.Engine(model, tokenizer=tokenizer),
+        worker=ThreadWorker(daedal.Engine(model, tokenizer=tokenizer)),
         tokenizer=tokenizer,
         chat_format=load_format(directory),
         model_name="tiny",

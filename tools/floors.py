@@ -36,12 +36,18 @@ WITHOUT_TORCH = (
     "errors",
     "cost",
     "report",
+    "checkpoint.index",
+    "ports.mindspore",
+    "ports.support",
     "infer.scheduler",
     "infer.pages",
     "infer.request",
+    "infer.stats",
+    "serve",
     "cli",
     "__init__",
 )
+APART = {"mindspore"}  # has an environment of its own, which no extra can make (decision 041)
 BRINGS_TORCH = {"torch", "triton", "transformers", "accelerate", "safetensors.torch"}
 
 EMPTY_NAMES = {"utils", "helpers", "common", "base", "manager", "misc"}
@@ -128,7 +134,9 @@ def declared_packages(path: Path) -> set[str]:
 def _undeclared(source: Source, declared: set[str]) -> Iterator[Breach]:
     for item in source.imports:
         top = item.module.split(".")[0]
-        if declared and top not in declared and top != PACKAGE and top not in sys.stdlib_module_names:
+        if top in (PACKAGE, *APART) or top in sys.stdlib_module_names:
+            continue
+        if declared and top not in declared:
             yield Breach(
                 source.path, item.line, f"imports {top}, which pyproject.toml does not declare: it may be absent"
             )

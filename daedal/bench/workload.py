@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from daedal.errors import ConfigError
 from daedal.infer.cache import KvDtype
-from daedal.infer.engine import Engine, EngineStats
+from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
+from daedal.infer.stats import EngineStats
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -41,6 +42,7 @@ class Workload:
             max_context=max(self._prompt + self._room, context),
             max_step_tokens=CHUNK,
             kv_cache_dtype=kv_cache_dtype,
+            prefix_caching=False,  # its prompts are the same every time, and are to be read
         )
         if self._engine.max_context < context:
             raise ConfigError(self._crowded())

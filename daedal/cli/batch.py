@@ -88,9 +88,10 @@ def _answered(
     name: what the model was asked for by, which requests may use too."""
     from daedal.serve.batch import run_batch
     from daedal.serve.service import Service
+    from daedal.serve.thread_worker import ThreadWorker
 
     service = Service(
-        engine=opened.engine,
+        worker=ThreadWorker(opened.engine),
         tokenizer=opened.tokenizer,
         chat_format=opened.chat_format,
         model_name=opened.name,

@@ -11,8 +11,8 @@ from daedal.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-    from daedal.infer.engine import EngineStats
     from daedal.infer.speculative import Speculation
+    from daedal.infer.stats import EngineStats
 
 SpeculateOption = Annotated[
     str | None,

@@ -56,8 +56,8 @@ FormatOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine may use; None leaves it to the engine. deterministic, kv_cache_dtype, prefill_ms: as `Engine`
-    has them.
+    """What the engine may use; None leaves it to the engine. deterministic, kv_cache_dtype, prefill_ms,
+    prefix_caching: as `Engine` has them.
     """
 
     cache_gb: float | None = None
@@ -67,6 +67,7 @@ class Limits:
     deterministic: bool = False
     prefill_ms: float | None = None
     kv_cache_dtype: KvCacheName = "auto"
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         if self.cache_gb is not None and not 0 < self.cache_gb <= 1e6:
@@ -158,6 +159,7 @@ def open_model(
         deterministic=limits.deterministic,
         prefill_ms=limits.prefill_ms,
         kv_cache_dtype=limits.kv_cache_dtype,
+        prefix_caching=limits.prefix_caching,
         tariff=tariff,
     )
     return Opened(

@@ -6,16 +6,13 @@ what that hardware costs in the table of prices. Without `--hardware` a CPU is w
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from daedal.cost import hardware, prices
 from daedal.cost.spending import Tariff, chip_here, energy_of, price_of
 from daedal.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 CostOption = Annotated[
     bool, typer.Option("--cost", help="Say in every answer's usage what it has cost; else only where a request asks.")
@@ -43,9 +40,8 @@ class Rates:
     prices: Path | None = None
     price: str | None = None
 
-    def tariff(self, device: "torch.device") -> Tariff:
-        """For a server on this device. ConfigError for hardware and prices that do not exist."""
-        on_cpu = device.type == "cpu"
+    def tariff(self, *, on_cpu: bool) -> Tariff:
+        """For a server on a CPU or on an accelerator. ConfigError for hardware and prices that do not exist."""
         chip = chip_here(on_cpu=on_cpu) if self.hardware is None else hardware.read(self.hardware)
         counter = energy_of(chip, on_cpu=on_cpu)
         if chip is None:

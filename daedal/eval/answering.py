@@ -41,7 +41,14 @@ def replies(
     context = _context(model, prompts, problems)
     on_cpu = model.device.type == "cpu"
     counter = energy_of(chip_here(on_cpu=on_cpu), on_cpu=on_cpu)
-    engine = Engine(model, tokenizer=tokenizer, max_batch=together, max_context=context, tariff=Tariff(energy=counter))
+    engine = Engine(
+        model,
+        tokenizer=tokenizer,
+        max_batch=together,
+        max_context=context,
+        prefix_caching=False,  # what a reply costs is its own, and not a matter of what was asked before
+        tariff=Tariff(energy=counter),
+    )
     waiting = sorted(range(len(problems)), key=lambda index: len(prompts[index]))
     texts: dict[str, str] = {}
     counts: dict[str, int] = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 from daedal import ops, shapes
 from daedal.config import ModelConfig
 from daedal.cost import cached
+from daedal.infer.prefixes import Copy
 from daedal.model.batch import GroupRows
 from daedal.ops.packed_rows import PackedRows
 from daedal.ops.rings import RingRows
@@ -56,6 +57,15 @@ def state_nbytes(config: ModelConfig, dtype: torch.dtype, *, drafting: bool = Fa
     """Bytes of the rings of one sequence over all layers and slots, rows kept in `dtype`; 0 for most families."""
     size = partial(cached.in_numbers, dtype.itemsize)
     return cached.ring_bytes(shapes.cache(config, drafting=drafting), size, rewind=REWIND)
+
+
+def _copy_pages(pool: Tensor, copy: Copy) -> None:
+    if copy.overlaps:
+        held = pool[list(copy.sources)]
+        pool[list(copy.targets)] = held
+        return
+    for source, target, count in copy.runs:
+        pool[target : target + count] = pool[source : source + count]
 
 
 def _ring_rows(slot: Slot) -> int:
@@ -132,6 +142,16 @@ class PagedCache:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(pool.nbytes for pools in self._pools.values() for pool in pools.values())
+
+    def copy(self, copy: Copy) -> None:
+        """Copies rows from pages and a ring to others, in every layer."""
+        for (layer, name), slot in self._slots.items():
+            pool = self._pools[layer][name]
+            if not slot.ring:
+                _copy_pages(pool, copy)
+            elif copy.ring is not None:
+                source, target = copy.ring
+                pool[target] = pool[source]
 
     def view(
         self,

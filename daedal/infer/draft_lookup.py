@@ -21,7 +21,8 @@ class LookupDrafter:
     def propose(self, step: Step) -> Mapping[str, Sequence[int]]:
         drafts: dict[str, Sequence[int]] = {}
         for chunk in step.chunks:
-            text = self._texts.get(chunk.request_id, "")[: chunk.past] + "".join(map(chr, chunk.ids))
+            past = _text(chunk.before) or self._texts.get(chunk.request_id, "")[: chunk.past]
+            text = past + _text(chunk.ids)
             extended = continued(text, chunk.max_drafts)
             drafts[chunk.request_id] = [ord(token) for token in extended[len(text) :]]
             # Drafts stay: the next `past` cuts away those that were not accepted.
@@ -30,6 +31,10 @@ class LookupDrafter:
 
     def forget(self, request_id: str) -> None:
         self._texts.pop(request_id, None)
+
+
+def _text(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
 
 
 def continued(text: str, count: int) -> str:

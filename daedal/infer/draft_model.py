@@ -2,7 +2,7 @@
 
 Its cache has its own pools but the target's page tables and states, so the scheduler need not know it. It runs over
 every chunk before the target does, and so has read all that the target has; rows of drafts that were not accepted are
-written again. Knows nothing of the target's logits.
+written again, and beginnings that the target need not read are copied for it too. Knows nothing of the target's logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,8 @@ class ModelDrafter:
     def propose(self, step: Step) -> Mapping[str, Sequence[int]]:
         for chunk in step.chunks:
             read = self._reads.setdefault(chunk.request_id, _Read())
+            if chunk.before:
+                read.tokens, read.num_cached = list(chunk.before), chunk.past
             read.tokens[chunk.past :] = chunk.ids
             read.num_cached = min(read.num_cached, chunk.past)
         going = list(step.chunks)

@@ -3,7 +3,9 @@
 The module follows the target: after each step it runs over the same positions, fed with the target's states there and
 with the tokens that came next, and so its cache is complete from the first token of the prompt. At the last position
 its states give the first draft; fed its own states and that draft it goes on, one position further each time. The rows
-that this leaves are written again when the target's own states are known. Only the first module is used.
+that this leaves are written again when the target's own states are known. Only the first module is used. Where a
+request starts behind a beginning that the cache held, the module's last row there was made for the token that came next
+then; only a guess may suffer.
 """
 
 from collections.abc import Mapping, Sequence

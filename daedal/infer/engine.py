@@ -7,24 +7,25 @@ nothing of HTTP and chat templates, and text only through the tokenizer it is gi
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from daedal import ops
-from daedal.cost.spending import Spent, Tariff
+from daedal.cost.spending import Tariff
 from daedal.errors import ConfigError, OverloadError, RequestError
 from daedal.infer.admission import Limits
-from daedal.infer.cache import KvDtype
+from daedal.infer.cache import KvDtype, page_multiple
 from daedal.infer.live import Live, Rows
 from daedal.infer.memory import keep_freed_memory, plan_pages
 from daedal.infer.metering import Meter
 from daedal.infer.pace import Pace
 from daedal.infer.pages import PageAllocator
+from daedal.infer.prefixes import Prefixes
 from daedal.infer.request import Mask, Output, Request, SamplingParams, requests_of
 from daedal.infer.runner import Runner, kept
 from daedal.infer.sampling import Logits, RowSampler, check_finite, verify
 from daedal.infer.scheduler import Chunk, Scheduler, Step
 from daedal.infer.speculative import Acceptance, Speculation
+from daedal.infer.stats import EngineStats, StepError
 from daedal.infer.stopping import Ending
 from daedal.model.packing import is_packed
 
@@ -32,41 +33,6 @@ if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
     from daedal.text.decoding import Detokenizer
     from daedal.text.tokenizer import Tokenizer
-
-
-class StepError(RuntimeError):
-    """A step failed for a reason of ours, not the user's. `request_ids`: the requests in it, which are dropped."""
-
-    def __init__(self, message: str, *, request_ids: tuple[str, ...]):
-        super().__init__(message)
-        self.request_ids = request_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Gauges of now, and counters (`_total`, `num_preemptions`) since the engine was made.
-
-    Bytes are of the cache, a draft model's included: of pages in use, and of the rings (V4's windows) of all that run.
-    prompt_tokens_total counts a prompt when it has been read wholly, and once even if it had to be read again.
-    num_drafts_total: how often a request's next tokens were drafted; num_drafted_total: tokens so drafted;
-    num_accepted_total: those that became part of an answer; num_accepted_at: of them the first drafted, the second, and
-    so on, empty for an engine that does not draft. spent_total: None for an engine without a tariff.
-    """
-
-    num_running: int
-    num_waiting: int
-    pages_used: int
-    pages_total: int
-    kv_bytes_used: int
-    kv_bytes_total: int
-    num_preemptions: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    num_drafts_total: int = 0
-    num_drafted_total: int = 0
-    num_accepted_total: int = 0
-    num_accepted_at: tuple[int, ...] = ()
-    spent_total: Spent | None = None
 
 
 class Engine:
@@ -84,8 +50,10 @@ class Engine:
     from its steps how many tokens that is; None for no bound, and no effect on a deterministic engine. clock: gives
     seconds.
     kv_cache_dtype: "auto" keeps rows of the past in the model's dtype, "fp8" packs what latent attention
-    keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little. tariff: by which
-    every request's cost is counted, which its last output then has.
+    keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little. prefix_caching:
+    a request starts behind the longest beginning, in whole pages, that an earlier one had too and the cache still
+    holds; answers stay the same, and room for other requests too. tariff: by which every request's cost is counted,
+    which its last output then has.
     Raises ConfigError for sizes that cannot be, for a drafter that cannot draft for this model, and for "fp8" without
     latent attention.
     """
@@ -106,6 +74,7 @@ class Engine:
         prefill_ms: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         kv_cache_dtype: KvDtype = "auto",
+        prefix_caching: bool = True,
         tariff: Tariff | None = None,
     ):
         self._model, self._tokenizer = model, tokenizer
@@ -120,6 +89,7 @@ class Engine:
             max_waiting=max_waiting,
             max_context=max_context,
             kv_dtype=kv_cache_dtype,
+            keeps_prefixes=prefix_caching,
         )
         if speculate is not None:
             speculate.check(model, plan.context)
@@ -136,20 +106,37 @@ class Engine:
         )
         self._end_ids = model.config.eos_token_ids | (tokenizer.eos_ids if tokenizer is not None else frozenset())
         max_drafts = 0 if speculate is None else speculate.draft_tokens
-        self._scheduler = Scheduler(
-            self._pages,
-            page_size=plan.page_size,
-            max_batch=max_batch,
-            max_step_tokens=max_step_tokens,
-            max_drafts=max_drafts,
-            chunk=max_step_tokens - max_batch if deterministic else None,
-        )
-        self._clock, self._pace = clock, _pace(prefill_ms, max_step_tokens)
+        chunk = _whole(max_step_tokens - max_batch, page_multiple(model.config)) if deterministic else None
+        self._prefixes = self._make_prefixes(chunk, max_drafts, keeps=prefix_caching)
+        self._scheduler = self._make_scheduler(max_step_tokens, max_drafts, chunk)
+        self._clock, self._pace = clock, Pace.within(prefill_ms, most=max_step_tokens)
         self._meter = None if tariff is None else Meter(model.config, tariff, speculate, clock=clock)
         self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
         self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
         self._prompt_tokens_total = self._generation_tokens_total = 0
+
+    def _make_prefixes(self, chunk: int | None, max_drafts: int, *, keeps: bool) -> Prefixes:
+        plan = self._plan
+        return Prefixes(
+            self._pages,
+            page_size=plan.page_size,
+            unit=math.lcm(plan.page_size, chunk or 1),
+            rings=range(self._max_batch, plan.num_states) if plan.state_bytes else None,
+            max_drafts=max_drafts,
+            keeps=keeps and bool(plan.num_kept_states or not plan.state_bytes),
+        )
+
+    def _make_scheduler(self, max_step_tokens: int, max_drafts: int, chunk: int | None) -> Scheduler:
+        return Scheduler(
+            self._pages,
+            page_size=self._plan.page_size,
+            max_batch=self._max_batch,
+            max_step_tokens=max_step_tokens,
+            max_drafts=max_drafts,
+            chunk=chunk,
+            prefixes=self._prefixes,
+        )
 
     @property
     def max_context(self) -> int:
@@ -178,6 +165,8 @@ class Engine:
             num_accepted_total=sum(self._acceptance.accepted_at),
             num_accepted_at=tuple(self._acceptance.accepted_at),
             spent_total=None if self._meter is None else self._meter.total,
+            prefix_queries_total=self._prefixes.num_queried,
+            prefix_hits_total=self._prefixes.num_hit,
         )
 
     def add(self, request: Request) -> None:
@@ -209,8 +198,16 @@ class Engine:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
         )
         self._scheduler.add(
-            request.id, request.prompt, max_answer=min(params.max_tokens, self._limits.context - length)
+            request.id,
+            request.prompt,
+            max_answer=min(params.max_tokens, self._limits.context - length),
+            salt=request.cache_salt,
+            reuses=params.prompt_logprobs is None,  # which need every position computed
         )
+
+    def forget_prefixes(self) -> None:
+        """No request starts behind what was read until now; for who changes the model's weights under the engine."""
+        self._prefixes.forget()
 
     def _detokenizer(self, params: SamplingParams) -> "Detokenizer | None":
         if self._tokenizer is None:
@@ -266,7 +263,10 @@ class Engine:
         start = self._clock()
         try:
             outputs = self._run(step)
-        except Exception as error:
+        except BaseException as error:
+            self._prefixes.forget()  # nobody knows how far the step came
+            if not isinstance(error, Exception):
+                raise
             self._undelivered = delivered
             request_ids = tuple(chunk.request_id for chunk in step.chunks)
             for request_id in request_ids:
@@ -325,6 +325,7 @@ class Engine:
     def _run(self, step: Step) -> list[Output]:
         if self._meter is not None:
             self._meter.begin()
+        self._runner.copy(step.copies)
         step = self._runner.propose(step)
         rows = Rows.of(step, self._live)
         logits, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
@@ -359,18 +360,16 @@ class Engine:
         live = self._live[output.request_id]
         if not live.prompt_is_read:
             live.prompt_is_read = True
+            output.num_cached = self._scheduler.num_reused(output.request_id)
             self._prompt_tokens_total += len(live.request.prompt)
         self._generation_tokens_total += len(output.ids)
         accepted = sum(draft == token for draft, token in zip(chunk.drafts, output.ids, strict=False))
         self._acceptance.count(len(chunk.drafts), accepted)
 
 
-def _pace(prefill_ms: float | None, max_step_tokens: int) -> Pace | None:
-    if prefill_ms is None:
-        return None
-    if not 0 < prefill_ms < math.inf:
-        raise ConfigError(f"prefill_ms is {prefill_ms}: it must be above 0 and finite, or None for no bound")
-    return Pace(prefill_ms / 1000, most=max_step_tokens)
+def _whole(num_tokens: int, multiple: int) -> int:
+    """The most whole multiples that fit, or `num_tokens` itself where none does."""
+    return num_tokens // multiple * multiple or num_tokens
 
 
 def _check_deterministic(

@@ -17,6 +17,7 @@ from daedal.infer.cache import KvDtype, can_pack, page_multiple, page_nbytes, st
 
 _PAGE_SIZE = 16
 _FREE_MEMORY_SHARE = 0.5
+_KEPT_RINGS_SHARE = 0.1  # of what is left for pages
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # names and numbers of malloc.h
 
 
@@ -34,7 +35,8 @@ class PagePlan:
     """num_pages pages of page_size tokens; context: tokens of prompt and answer that a request may have.
 
     page_bytes: of one page, over all that is kept. state_bytes: of the rings of one running sequence; there are rings
-    for `num_states`. kv_dtype: as `PagedCache` has it.
+    for `num_states`, of which the last `num_kept_states` are for copies that requests may start from. kv_dtype: as
+    `PagedCache` has it.
     """
 
     num_pages: int
@@ -43,6 +45,7 @@ class PagePlan:
     page_bytes: int
     num_states: int
     state_bytes: int
+    num_kept_states: int = 0
     kv_dtype: KvDtype = "auto"
 
     @property
@@ -66,10 +69,12 @@ def plan_pages(
     max_waiting: int | None,
     max_context: int | None,
     kv_dtype: KvDtype = "auto",
+    keeps_prefixes: bool = False,
 ) -> PagePlan:
     """Checks an engine's sizes and settles those left open. kept: the model that serves, then any that drafts for it.
 
-    Rings of `max_batch` sequences come first, the rest of `cache_bytes` becomes pages. Without `cache_bytes` the cache
+    Rings of `max_batch` sequences come first, the rest of `cache_bytes` becomes pages. With `keeps_prefixes` up to a
+    tenth of that rest becomes more rings, where the models have any. Without `cache_bytes` the cache
     holds `max_batch` requests of the whole context, but takes at most half of the free memory. Without `page_size` a
     page has 16 tokens, fewer in a cache of under 1024, and where entries cover several tokens the least that holds
     whole ones: 128 in V4. kv_dtype "fp8" packs what it can of every cache, and the serving model's must have some.
@@ -77,15 +82,13 @@ def plan_pages(
     """
     longest = kept[0].config.max_position_embeddings
     context = longest if max_context is None else max_context
-    for name, value, least in (
+    _check_at_least(
         ("max_batch", max_batch, 1),
         ("max_step_tokens", max_step_tokens, 1),
         ("page_size", 1 if page_size is None else page_size, 1),
         ("max_waiting", 0 if max_waiting is None else max_waiting, 0),
         ("max_context", context, 2),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} is {value}: it must be at least {least}")
+    )
     if context > longest:
         raise ConfigError(f"max_context is {context}, the model's is {longest}: give at most that")
     _check_kv_dtype(kv_dtype, kept[0].config)
@@ -93,6 +96,10 @@ def plan_pages(
     given_bytes = int(free_bytes(device) * _FREE_MEMORY_SHARE) if cache_bytes is None else cache_bytes
     state_bytes = sum(state_nbytes(one.config, one.dtype, drafting=one.drafting) for one in kept)
     bytes_for_pages = given_bytes - max_batch * state_bytes
+    num_kept = 0
+    if keeps_prefixes and state_bytes:
+        num_kept = _num_kept(bytes_for_pages - _page_bytes(kept, unit, kv_dtype), max_batch, state_bytes)
+        bytes_for_pages -= num_kept * state_bytes
     if page_size is None:
         # Small caches get small pages: rounding to whole pages then costs one token in 64 at most.
         num_tokens = bytes_for_pages // _page_bytes(kept, unit, kv_dtype) * unit
@@ -114,10 +121,22 @@ def plan_pages(
         page_size=page_size,
         context=context,
         page_bytes=page_bytes,
-        num_states=max_batch,
+        num_states=max_batch + num_kept,
         state_bytes=state_bytes,
+        num_kept_states=num_kept,
         kv_dtype=kv_dtype,
     )
+
+
+def _num_kept(spare_bytes: int, max_batch: int, state_bytes: int) -> int:
+    """Two for each request, where its prompt ended and where its answer has come to, if there is room."""
+    return min(2 * max_batch, max(int(spare_bytes * _KEPT_RINGS_SHARE), 0) // state_bytes)
+
+
+def _check_at_least(*given: tuple[str, int, int]) -> None:
+    for name, value, least in given:
+        if value < least:
+            raise ConfigError(f"{name} is {value}: it must be at least {least}")
 
 
 def _check_kv_dtype(kv_dtype: KvDtype, config: ModelConfig) -> None:

@@ -5,12 +5,25 @@ rate is kept: the budget follows the last step in proportion, at most twofold at
 the time wanted, and no clock that jumps can mislead it for long. Knows seconds and counts only: no clock, no requests.
 """
 
+import math
+
+from daedal.errors import ConfigError
+
 LEAST = 16  # tokens: a prompt goes on even where the answers alone take longer than wanted
 _FIRST = 64
 
 
 class Pace:
     """seconds: how long a step that reads prompts should take. most: tokens that a step can hold."""
+
+    @classmethod
+    def within(cls, milliseconds: float | None, *, most: int) -> "Pace | None":
+        """None where there is no bound. Raises ConfigError."""
+        if milliseconds is None:
+            return None
+        if not 0 < milliseconds < math.inf:
+            raise ConfigError(f"prefill_ms is {milliseconds}: it must be above 0 and finite, or None for no bound")
+        return cls(milliseconds / 1000, most=most)
 
     def __init__(self, seconds: float, *, most: int):
         self._seconds = seconds

@@ -108,17 +108,23 @@ class Structure(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to generate. prompt: token ids, at least one. id: unique among the engine's live requests.
-    structure: what the answer must look like; it then ends by an end-of-sequence id, which so may not be ignored."""
+    structure: what the answer must look like; it then ends by an end-of-sequence id, which so may not be ignored.
+    cache_salt: only requests of the same salt begin from what others have read, so that nobody can find out by the
+    clock what strangers ask.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     structure: Structure | None = field(default=None, compare=False)
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _token_ids("prompt", self.prompt))
         if not self.prompt:
             raise RequestError("prompt is empty: give at least one token", param="prompt")
+        if not isinstance(self.cache_salt, str):
+            raise RequestError(f"cache_salt is {self.cache_salt!r}: it must be a string", param="cache_salt")
         if self.structure is not None and self.params.ignore_eos:
             raise RequestError(
                 "ignore_eos is true, and the answer has a form that ends: leave it out", param="ignore_eos"
@@ -143,9 +149,10 @@ class Output:
 
     ids: generated ids only, the one that stopped the answer included. text: their text, None without a tokenizer;
     while streaming it lags behind ids where a character or a stop string is still incomplete; what stops the answer,
-    string or id, is not part of it. prompt_logprobs: one entry per prompt token, the first None; given once, with the
-    first output. With the last one come stop, the stop string that ended it, if one did, and spent, where the engine
-    has a tariff: what the whole request has cost.
+    string or id, is not part of it. Given once, with the first output: prompt_logprobs, one entry per prompt token, the
+    first None; num_cached, the prompt's tokens that were not computed, because an earlier request had begun alike. With
+    the last one come stop, the stop string that ended it, if one did, and spent, where the engine has a tariff: what
+    the whole request has cost.
     """
 
     request_id: str
@@ -156,6 +163,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop: str | None = None
     spent: Spent | None = None
+    num_cached: int = 0
 
     def extend(self, later: "Output") -> None:
         """Appends what came out of the same request after this."""
@@ -169,6 +177,7 @@ class Output:
             self.prompt_logprobs = later.prompt_logprobs
         self.finish_reason = later.finish_reason
         self.stop, self.spent = later.stop, later.spent
+        self.num_cached += later.num_cached
 
 
 def requests_of(

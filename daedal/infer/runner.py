@@ -16,6 +16,7 @@ from daedal.infer.draft_model import ModelDrafter
 from daedal.infer.draft_mtp import MtpDrafter
 from daedal.infer.feeding import feed
 from daedal.infer.memory import Kept, PagePlan
+from daedal.infer.prefixes import Copy
 from daedal.infer.recorded import RecordedSteps
 from daedal.infer.sampling import Logits
 from daedal.infer.scheduler import Step
@@ -64,6 +65,15 @@ class Runner:
         if speculate.draft_model is not None:
             return ModelDrafter(speculate.draft_model, self._caches[1])
         return LookupDrafter()
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """In every cache, one after the other; before anything of the step that has them."""
+        if not copies:
+            return
+        with torch.inference_mode():
+            for copy in copies:
+                for cache in self._caches:
+                    cache.copy(copy)
 
     def propose(self, step: Step) -> Step:
         """The same step with drafts, if anything drafts. Raises ValueError for drafts outside the vocabulary."""

@@ -2,8 +2,9 @@
 
 First come, first served. Every running request is older than every waiting one, and the oldest always advances: it may
 take the pages of the youngest, whose tokens are then fed again later. So nobody starves and nothing is lost. Where
-tokens may be drafted, places for them come last: they take what requests leave. Knows token ids, page and state numbers
-only: no torch, no model, no sampling, no text, and not who drafts.
+tokens may be drafted, places for them come last: they take what requests leave. A request starts behind the longest
+beginning that the cache still holds (`prefixes`). Knows token ids, page and state numbers only: no torch, no model, no
+sampling, no text, and not who drafts.
 """
 
 from collections import deque
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from daedal.infer.pages import PageAllocator
+from daedal.infer.prefixes import Chain, Copy, Prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,8 @@ class Chunk:
 
     samples: whether the logits of the last of `ids` choose the request's next token. following: the token after `ids`
     where it is known already, in a prompt that is not read to its end. max_drafts: tokens that may be tried after
-    `ids`; the pages have room for them, and the answer a use.
+    `ids`; the pages have room for them, and the answer a use. before: the tokens before `past`, where the request has
+    just started behind a beginning that the cache held.
     """
 
     request_id: str
@@ -30,6 +33,7 @@ class Chunk:
     state: int
     samples: bool
     following: int | None = None
+    before: tuple[int, ...] = ()
     max_drafts: int = 0
     drafts: tuple[int, ...] = ()
 
@@ -46,10 +50,13 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What runs together. `preempted`: requests that lost their pages while it was made, youngest first."""
+    """What runs together. `preempted`: requests that lost their pages while it was made, youngest first. `copies`: what
+    must be copied before anything runs, one after the other.
+    """
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[str, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -70,16 +77,19 @@ class Step:
 @dataclass(kw_only=True, eq=False)
 class _Sequence:
     """`tokens`: prompt and answer; the first `num_cached` of them have their rows on the pages of `table`, the last few
-    of these in the rings `state`. most: tokens that prompt and answer can have together.
+    of these in the rings `state`. most: tokens that prompt and answer can have together. begun: it has just started
+    behind a beginning, and its first chunk is to come.
     """
 
     id: str
     tokens: list[int]
     generates: bool
     most: int
+    chain: Chain
     num_cached: int = 0
     table: tuple[int, ...] = ()
     state: int | None = None
+    begun: bool = False
 
     @property
     def num_remaining(self) -> int:
@@ -97,7 +107,8 @@ class Scheduler:
     max_batch: requests that hold pages at once, each with a state number below it. max_step_tokens: tokens of one step.
     max_drafts: tokens that may be drafted for a request in a step. chunk: where given, prompts are fed in chunks of so
     many tokens, whatever else runs, and a request starts only when there are pages for all it may ever feed: then in
-    which pieces a request is computed depends on itself alone. At most `max_step_tokens - max_batch`.
+    which pieces a request is computed depends on itself alone. At most `max_step_tokens - max_batch`. prefixes: where
+    given, the beginnings on these pages; with `chunk` its unit is a multiple of that.
     Every request must fit the pages alone (`PageAllocator.num_pages`, for all tokens it will ever feed): the caller
     refuses others.
     """
@@ -111,14 +122,18 @@ class Scheduler:
         max_step_tokens: int,
         max_drafts: int = 0,
         chunk: int | None = None,
+        prefixes: Prefixes | None = None,
     ):
         assert chunk is None or 0 < chunk <= max_step_tokens - max_batch
+        assert chunk is None or prefixes is None or prefixes.unit % chunk == 0
         self._pages = pages
         self._page_size = page_size
         self._max_batch = max_batch
         self._max_step_tokens = max_step_tokens
         self._max_drafts = max_drafts
         self._chunk_size = chunk
+        self._prefixes = prefixes or Prefixes(pages, page_size=page_size, unit=page_size, keeps=False)
+        self._copies: list[Copy] = []  # of the step that is being scheduled
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._sequences: dict[str, _Sequence] = {}
@@ -137,12 +152,27 @@ class Scheduler:
         """Pages of each request that runs; with them it has the rings of one state."""
         return {sequence.id: len(sequence.table) for sequence in self._running}
 
-    def add(self, request_id: str, prompt: tuple[int, ...], *, max_answer: int) -> None:
-        """Queues a request for at most `max_answer` tokens; 0 feeds the prompt and samples nothing."""
+    def num_reused(self, request_id: str) -> int:
+        """Tokens of its prompt that a request did not feed when it first started."""
+        return self._sequences[request_id].chain.num_reused or 0
+
+    def add(
+        self, request_id: str, prompt: tuple[int, ...], *, max_answer: int, salt: str = "", reuses: bool = True
+    ) -> None:
+        """Queues a request for at most `max_answer` tokens; 0 feeds the prompt and samples nothing.
+
+        salt: whose beginnings it shares. reuses: False for one that must feed all of its prompt.
+        """
         assert prompt
         assert request_id not in self._sequences
+        # Where pieces decide, only those that every prompt is cut into may stand for one another.
+        whole = None if self._chunk_size is None else len(prompt) // self._chunk_size * self._chunk_size
         sequence = _Sequence(
-            id=request_id, tokens=list(prompt), generates=max_answer > 0, most=len(prompt) + max_answer
+            id=request_id,
+            tokens=list(prompt),
+            generates=max_answer > 0,
+            most=len(prompt) + max_answer,
+            chain=self._prefixes.chain(salt=salt, reuses=reuses, most=whole),
         )
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
@@ -166,6 +196,7 @@ class Scheduler:
         theirs before prompts, so that a long prompt does not silence them, nor they it.
         """
         preempted: list[str] = []
+        self._copies = []
         prompts = self._max_step_tokens
         if most_prompt_tokens is not None and self._chunk_size is None:
             assert most_prompt_tokens > 0
@@ -175,12 +206,13 @@ class Scheduler:
         budget = self._max_step_tokens - sum(count for _, count in shares)
         chunks: list[Chunk] = []
         for sequence, count in shares:
+            self._keep_ring(sequence)
             num_drafts = 0
             if self._max_drafts:
                 num_drafts = self._place_drafts(sequence, min(self._useful_drafts(sequence), budget))
                 budget -= num_drafts
             chunks.append(self._chunk(sequence, count, num_drafts))
-        return Step(chunks=tuple(chunks), preempted=tuple(preempted))
+        return Step(chunks=tuple(chunks), preempted=tuple(preempted), copies=tuple(self._copies))
 
     def commit(self, step: Step, sampled: Mapping[str, Sequence[int]]) -> None:
         """Records that `step` ran and which tokens each request with `samples` chose: one, and one more for each draft
@@ -192,12 +224,16 @@ class Scheduler:
             sequence = self._sequences.get(chunk.request_id)
             if sequence is None:
                 continue
+            before = sequence.num_cached
             sequence.num_cached += len(chunk.ids)
             if chunk.samples:
                 chosen = sampled[chunk.request_id]
                 assert tuple(chosen[:-1]) == chunk.drafts[: len(chosen) - 1]
                 sequence.num_cached += len(chosen) - 1
                 sequence.tokens.extend(chosen)
+            # What drafts has read all that was fed before, and may be behind with the rest.
+            settled = before if self._max_drafts else sequence.num_cached
+            self._prefixes.note(sequence.chain, sequence.tokens, sequence.table, settled)
 
     def _shares(self, budget: int, prompts: int, preempted: list[str]) -> list[tuple[_Sequence, int]]:
         """How many of its tokens each request feeds, `budget` in all and `prompts` of those that are not answering;
@@ -217,7 +253,8 @@ class Scheduler:
                 budget -= count
                 prompts -= 0 if answers else count
             index += 1
-        while min(budget, prompts) > 0 and self._admit():
+        # Who has just given pages back, waits for the next step.
+        while not preempted and min(budget, prompts) > 0 and self._admit():
             sequence = self._running[-1]
             count = self._share(sequence, min(budget, prompts))
             if count > 0:
@@ -229,7 +266,8 @@ class Scheduler:
     def _share(self, sequence: _Sequence, budget: int) -> int:
         """How many of its remaining tokens a request feeds next."""
         if self._chunk_size is None:
-            return min(sequence.num_remaining, budget)
+            ends = (cut - sequence.num_cached for cut in sequence.chain.cuts if cut > sequence.num_cached)
+            return min(sequence.num_remaining, budget, *ends)
         count = min(sequence.num_remaining, self._chunk_size)
         return count if count <= budget else 0
 
@@ -240,6 +278,15 @@ class Scheduler:
         wanted = sum(self._useful_drafts(sequence) for sequence in self._running)
         answering = sum(sequence.num_remaining == 1 for sequence in self._running)
         return min(wanted, max(self._max_step_tokens - answering, 0) // 2)
+
+    def _keep_ring(self, sequence: _Sequence) -> None:
+        """For those who may start from where the sequence has come to."""
+        assert sequence.state is not None
+        self._copy(
+            self._prefixes.keep_ring(
+                sequence.chain, sequence.tokens, sequence.num_cached, sequence.state, answers=sequence.answers
+            )
+        )
 
     def _useful_drafts(self, sequence: _Sequence) -> int:
         """Drafts that could become part of the answer: none before all tokens are read, and after all of them one more
@@ -278,7 +325,8 @@ class Scheduler:
     def _release(self, sequence: _Sequence) -> None:
         """Takes back what a running request holds."""
         assert sequence.state is not None
-        self._pages.free(sequence.table)
+        self._prefixes.leave(sequence.chain, sequence.tokens, sequence.table)
+        self._pages.free(reversed(sequence.table))  # longer beginnings go before shorter ones
         self._free_states.append(sequence.state)
         sequence.table, sequence.state, sequence.num_cached = (), None, 0
 
@@ -290,6 +338,7 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_batch:
             return False
         sequence = self._waiting[0]
+        found = self._prefixes.find(sequence.chain, sequence.tokens)
         # The last token of an answer is never fed.
         num_tokens = len(sequence.tokens) if self._chunk_size is None else max(sequence.most - 1, len(sequence.tokens))
         if not self._allocate(sequence, self._pages_for(num_tokens)):
@@ -297,7 +346,13 @@ class Scheduler:
             return False
         sequence.state = self._free_states.pop()
         self._running.append(self._waiting.popleft())
+        self._copy(self._prefixes.begin(sequence.chain, sequence.tokens, found, sequence.table, sequence.state))
+        sequence.num_cached, sequence.begun = found.num_tokens, bool(found.pages)
         return True
+
+    def _copy(self, copy: Copy | None) -> None:
+        if copy is not None:
+            self._copies.append(copy)
 
     def _allocate(self, sequence: _Sequence, count: int) -> bool:
         if count <= 0:
@@ -305,12 +360,14 @@ class Scheduler:
         pages = self._pages.allocate(count, after=sequence.table[-1] if sequence.table else None)
         if pages is None:
             return False
+        self._prefixes.overwritten(pages)
         sequence.table += tuple(pages)
         return True
 
     def _chunk(self, sequence: _Sequence, count: int, max_drafts: int) -> Chunk:
         past, end = sequence.num_cached, sequence.num_cached + count
         assert sequence.state is not None
+        begun, sequence.begun = sequence.begun, False
         return Chunk(
             request_id=sequence.id,
             ids=tuple(sequence.tokens[past:end]),
@@ -319,6 +376,7 @@ class Scheduler:
             state=sequence.state,
             samples=sequence.generates and count == sequence.num_remaining,
             following=sequence.tokens[end] if end < len(sequence.tokens) else None,
+            before=tuple(sequence.tokens[:past]) if begun else (),
             max_drafts=max_drafts,
         )
 

@@ -102,7 +102,7 @@ class Drafter(Protocol):
         """Before a step runs: by request id up to `max_drafts` tokens to follow a chunk's `ids`, or none.
 
         Sees every step, and in each chunk what the sequence gained since the last; of what it saw or proposed before,
-        all from `past` on was withdrawn.
+        all from `past` on was withdrawn. A chunk with tokens `before` begins anew: their rows are in every cache.
         """
 
     def forget(self, request_id: str) -> None:

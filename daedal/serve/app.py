@@ -24,16 +24,17 @@ from daedal.errors import DaedalError
 from daedal.serve.chat import ChatEndpoint
 from daedal.serve.completions import CompletionEndpoint
 from daedal.serve.errors import ApiError, answer_error
-from daedal.serve.keys import KeyGate
+from daedal.serve.keys import OPEN, KeyGate
 from daedal.serve.limits import unknown_model
 from daedal.serve.messages import MessagesEndpoint
+from daedal.serve.request_log import RequestLog
 from daedal.serve.responses import ResponsesEndpoint
 from daedal.serve.service import Service
 from daedal.serve.token_routes import TokenRoutes
 from daedal.serve.worker import GenerationFailed, WorkerStopped
 
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"/": "index.html", **{f"/{name}": name for name in ("style.css", "chat.js", "markdown.js", "icon.svg")}}
+_PAGE_FILES = {f"/{file.name}".replace("/index.html", "/"): file.name for file in sorted(_PAGE.iterdir())}
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
@@ -43,11 +44,12 @@ _SECURITY = {
 
 def build_app(service: Service) -> Starlette:
     """The application for one service, whose worker lives as long as the application does."""
-    gate = [] if service.keys is None else [Middleware(KeyGate, service.keys)]
+    # The page's files say nothing of models and users, and without them nobody could be asked for a key.
+    gate = [] if service.keys is None else [Middleware(KeyGate, service.keys, frozenset({*OPEN, *_PAGE_FILES}))]
     handled = (ApiError, DaedalError, GenerationFailed, HTTPException, WorkerStopped, Exception)
     app = Starlette(
         routes=[*_model_routes(service), *_api_routes(service), *_watch_routes(service), *_page_routes()],
-        middleware=[Middleware(_SecurityHeaders), *gate],
+        middleware=[Middleware(RequestLog, service.model_name), Middleware(_SecurityHeaders), *gate],
         exception_handlers={kind: answer_error for kind in handled},
         lifespan=_lifespan(service),
     )
@@ -112,8 +114,8 @@ def _api_routes(service: Service) -> list[Route]:
 
 def _watch_routes(service: Service) -> list[Route]:
     async def health(_: Request) -> Response:
-        alive = service.worker.running
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        state = service.worker.state
+        return JSONResponse({"status": "ok" if state == "ready" else state}, 503 if state == "stopped" else 200)
 
     async def ready(_: Request) -> Response:
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)

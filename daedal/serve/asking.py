@@ -14,7 +14,7 @@ from daedal.serve.chat_protocol import ChatBody
 from daedal.serve.errors import ApiError
 from daedal.serve.generation import Answer, Choice, Generation, collect
 from daedal.serve.keys import Charge, free
-from daedal.serve.limits import admit, room
+from daedal.serve.limits import admit, room, seconds_for
 from daedal.serve.prompt import write_prompt
 from daedal.serve.rules import rule_of
 from daedal.serve.service import Service
@@ -25,13 +25,14 @@ from daedal.text.encodings.answers import Delta
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One request's choices, and for each of them what reads its answer."""
+    """One request's choices, and for each of them what reads its answer. seconds: that the answers may take."""
 
     service: Service
     request_id: str
     choices: Sequence[Choice]
     turns: Sequence[Turn]
     charge: Charge = free
+    seconds: float | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -43,7 +44,7 @@ class Asked:
         return sum(turn.reasoning_tokens for turn in self.turns)
 
     async def begin(self) -> Generation:
-        return await Generation.begin(self.service, self.request_id, self.choices, self.charge)
+        return await Generation.begin(self.service, self.request_id, self.choices, self.charge, self.seconds)
 
     async def whole(self) -> tuple[list[Answer], list[list[Delta]]]:
         """Every choice's answer, and what its message is made of."""
@@ -52,16 +53,24 @@ class Asked:
         def follow(index: int, output: Output) -> None:
             said[index] += self.turns[index].take(output)
 
-        return await collect(self.service, self.request_id, self.choices, follow, self.charge), said
+        return await collect(self.service, self.request_id, self.choices, follow, self.charge, self.seconds), said
 
 
 async def ask(
-    service: Service, body: ChatBody, request_id: str, *, param: str = "messages", charge: Charge = free
+    service: Service,
+    body: ChatBody,
+    request_id: str,
+    *,
+    param: str = "messages",
+    charge: Charge = free,
+    salt: str = "",
 ) -> Asked:
-    """Everything up to the engine's door. ApiError for what cannot be answered; param: what brought the prompt."""
+    """Everything up to the engine's door. ApiError for what cannot be answered; param: what brought the prompt. salt:
+    of every choice.
+    """
     admit(service, body)
-    asked = await run_in_threadpool(_ask, service, body, chat_format(service), request_id, param)
-    return replace(asked, charge=charge)
+    asked = await run_in_threadpool(_ask, service, body, chat_format(service), request_id, param, salt)
+    return replace(asked, charge=charge, seconds=seconds_for(service, body))
 
 
 def chat_format(service: Service) -> ChatFormat:
@@ -80,7 +89,7 @@ def count_prompt(service: Service, body: ChatBody) -> int:
     return len(service.tokenizer.encode(write_prompt(body, chat_format(service)).text, add_special_tokens=False))
 
 
-def _ask(service: Service, body: ChatBody, format: ChatFormat, request_id: str, param: str) -> Asked:
+def _ask(service: Service, body: ChatBody, format: ChatFormat, request_id: str, param: str, salt: str) -> Asked:
     written = write_prompt(body, format)
     prompt = tuple(service.tokenizer.encode(written.text, add_special_tokens=False))
     max_tokens = room(service, prompt, body.asked_tokens(), param=param)
@@ -91,6 +100,6 @@ def _ask(service: Service, body: ChatBody, format: ChatFormat, request_id: str, 
         params = body.sampling(choice=index, max_tokens=max_tokens, logprobs=body.num_logprobs)
         if format.shows_special_tokens:
             params = replace(params, skip_special_tokens=False)
-        choices.append(Choice(prompt=prompt, params=params, text=written.text, structure=structure))
+        choices.append(Choice(prompt=prompt, params=params, text=written.text, structure=structure, salt=salt))
     turns = [Turn(format.parser(written.opening, calls=body.looks_for_calls)) for _ in choices]
     return Asked(service=service, request_id=request_id, choices=choices, turns=turns)

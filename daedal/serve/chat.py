@@ -12,8 +12,8 @@ from daedal.serve.body import read_object
 from daedal.serve.chat_protocol import ChatBody
 from daedal.serve.costs import cost_json
 from daedal.serve.delivery import EventStream, nobody, unless_gone
-from daedal.serve.generation import Generation, new_id, spent, usage
-from daedal.serve.keys import charge_of
+from daedal.serve.generation import Generation, new_id, num_cached, spent, usage
+from daedal.serve.keys import charge_of, salt_of
 from daedal.serve.logprob_rows import chat_rows
 from daedal.serve.protocol import StreamOptions
 from daedal.serve.service import Service
@@ -29,7 +29,7 @@ class ChatEndpoint:
 
     async def answer(self, request: Request) -> Response:
         body = ChatBody.read(await read_object(request))
-        asked = await ask(self._service, body, new_id("chatcmpl"), charge=charge_of(request))
+        asked = await ask(self._service, body, new_id("chatcmpl"), charge=charge_of(request), salt=salt_of(request))
         head = {
             "id": asked.request_id,
             "created": int(time.time()),
@@ -54,11 +54,12 @@ class ChatEndpoint:
             for index, (turn, deltas, answer) in enumerate(zip(asked.turns, said, answers, strict=True))
         ]
         num_generated = sum(len(answer.ids) for answer in answers)
+        cached = num_cached(asked.choices, [answer.num_cached for answer in answers])
         return {
             **head,
             "object": "chat.completion",
             "choices": messages,
-            "usage": _usage(asked, num_generated, cost_json(self._service, body, spent(answers))),
+            "usage": _usage(asked, num_generated, cached, cost_json(self._service, body, spent(answers))),
         }
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
@@ -77,7 +78,9 @@ class ChatEndpoint:
         begun: set[int] = set()
         async for index, output in generation:
             deltas = [delta_json(delta) for delta in turns[index].take(output)]
-            tally = _usage(asked, generation.num_generated) if options.continuous_usage_stats else None
+            tally = None
+            if options.continuous_usage_stats:
+                tally = _usage(asked, generation.num_generated, generation.num_cached)
             if index not in begun:
                 begun.add(index)
                 opening = {"role": "assistant", "content": "", "refusal": None, **delta_json(Delta())}
@@ -95,7 +98,8 @@ class ChatEndpoint:
                 yield {**head, "choices": [choice], "usage": tally}
         if options.include_usage:
             cost = cost_json(self._service, body, generation.spent)
-            yield {**head, "choices": [], "usage": _usage(asked, generation.num_generated, cost)}
+            tally = _usage(asked, generation.num_generated, generation.num_cached, cost)
+            yield {**head, "choices": [], "usage": tally}
 
 
 def _chunk_choice(
@@ -104,5 +108,7 @@ def _chunk_choice(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _usage(asked: Asked, num_generated: int, cost: Mapping[str, object] | None = None) -> dict[str, object]:
-    return usage(asked.num_prompt, num_generated, asked.num_reasoning, cost=cost)
+def _usage(
+    asked: Asked, num_generated: int, cached: int, cost: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    return usage(asked.num_prompt, num_generated, asked.num_reasoning, cached=cached, cost=cost)

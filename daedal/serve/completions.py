@@ -1,20 +1,19 @@
 """`POST /v1/completions`: texts or token ids in, their continuations out, whole or as they come."""
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from daedal.cost.spending import Spent
 from daedal.infer.request import Output
 from daedal.serve.body import read_object
 from daedal.serve.costs import cost_json
 from daedal.serve.delivery import EventStream, nobody, unless_gone
-from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, spent, usage
-from daedal.serve.keys import charge_of
-from daedal.serve.limits import admit, room
+from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, num_cached, spent, usage
+from daedal.serve.keys import charge_of, salt_of
+from daedal.serve.limits import admit, room, seconds_for
 from daedal.serve.logprob_rows import CompletionRows, joined
 from daedal.serve.protocol import CompletionBody, StreamOptions
 from daedal.serve.service import Service
@@ -29,7 +28,7 @@ class CompletionEndpoint:
     async def answer(self, request: Request) -> Response:
         body = CompletionBody.read(await read_object(request))
         admit(self._service, body)
-        choices = await run_in_threadpool(self._choices, body)
+        choices = await run_in_threadpool(self._choices, body, salt_of(request))
         num_prompt = sum(len(choice.prompt) for choice in choices[:: body.num_choices])
         head = {
             "id": new_id("cmpl"),
@@ -38,24 +37,30 @@ class CompletionEndpoint:
             "model": self._service.model_name,
             "system_fingerprint": self._service.fingerprint,
         }
+        name, charge, seconds = str(head["id"]), charge_of(request), seconds_for(self._service, body)
         if body.stream:
-            generation = await Generation.begin(self._service, str(head["id"]), choices, charge_of(request))
+            generation = await Generation.begin(self._service, name, choices, charge, seconds)
             return EventStream(generation, self._chunks(generation, choices, num_prompt, head, body))
-        answers = await unless_gone(
-            request, collect(self._service, str(head["id"]), choices, charge=charge_of(request))
-        )
+        work = collect(self._service, name, choices, charge=charge, seconds=seconds)
+        answers = await unless_gone(request, work)
         if answers is None:
             return nobody()
         pairs = zip(choices, answers, strict=True)
+        tally = usage(
+            num_prompt,
+            sum(len(answer.ids) for answer in answers),
+            cached=num_cached(choices, [answer.num_cached for answer in answers]),
+            cost=cost_json(self._service, body, spent(answers)),
+        )
         return JSONResponse(
             {
                 **head,
                 "choices": [self._choice(index, *pair, body) for index, pair in enumerate(pairs)],
-                "usage": self._usage(num_prompt, sum(len(one.ids) for one in answers), body, spent(answers)),
+                "usage": tally,
             }
         )
 
-    def _choices(self, body: CompletionBody) -> list[Choice]:
+    def _choices(self, body: CompletionBody, salt: str) -> list[Choice]:
         """n choices for the first prompt, then n for the second, and so on."""
         tokenizer = self._service.tokenizer
         skips = body.skips_special_tokens
@@ -70,7 +75,7 @@ class CompletionEndpoint:
                 params = body.sampling(
                     choice=index, max_tokens=max_tokens, logprobs=body.logprobs, echo=bool(body.echo)
                 )
-                choices.append(Choice(prompt=ids, params=params, text=text))
+                choices.append(Choice(prompt=ids, params=params, text=text, salt=salt))
         return choices
 
     def _choice(self, index: int, choice: Choice, answer: Answer, body: CompletionBody) -> dict[str, object]:
@@ -110,16 +115,11 @@ class CompletionEndpoint:
             if not text and not (rows and rows["tokens"]) and output.finish_reason is None:
                 continue
             choice = {"index": index, "text": text, "logprobs": rows, "finish_reason": output.finish_reason}
-            tally = usage(num_prompt, generation.num_generated) if options.continuous_usage_stats else None
+            tally = None
+            if options.continuous_usage_stats:
+                tally = usage(num_prompt, generation.num_generated, cached=generation.num_cached)
             yield {**head, "choices": [choice], "usage": tally}
         if options.include_usage:
-            yield {
-                **head,
-                "choices": [],
-                "usage": self._usage(num_prompt, generation.num_generated, body, generation.spent),
-            }
-
-    def _usage(
-        self, num_prompt: int, num_generated: int, body: CompletionBody, spent: Iterable[Spent]
-    ) -> dict[str, object]:
-        return usage(num_prompt, num_generated, cost=cost_json(self._service, body, spent))
+            cost = cost_json(self._service, body, generation.spent)
+            tally = usage(num_prompt, generation.num_generated, cached=generation.num_cached, cost=cost)
+            yield {**head, "choices": [], "usage": tally}

@@ -3,13 +3,16 @@
 Both endpoints share it. It deals in ids and texts; how a choice looks in JSON is theirs, and nothing here is of HTTP.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from daedal.cost.spending import Spent
 from daedal.infer.request import FinishReason, Output, Request, SamplingParams, Structure, TokenLogprobs
+from daedal.serve.errors import ApiError
 from daedal.serve.keys import Charge, free
 from daedal.serve.service import Service
 from daedal.serve.worker import GenerationFailed, Stream, WorkerStopped
@@ -17,12 +20,15 @@ from daedal.serve.worker import GenerationFailed, Stream, WorkerStopped
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One answer to be generated. text: the prompt's, where it is needed again. structure: what the answer obeys."""
+    """One answer to be generated. text: the prompt's, where it is needed again. structure: what the answer obeys. salt:
+    as in `Request.cache_salt`.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     text: str = ""
     structure: Structure | None = None
+    salt: str = ""
 
 
 @dataclass(kw_only=True)
@@ -36,6 +42,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop: str | None = None
     spent: Spent | None = None
+    num_cached: int = 0
 
     def extend(self, output: Output) -> None:
         self.ids.extend(output.ids)
@@ -44,12 +51,14 @@ class Answer:
         self.prompt_logprobs.extend(output.prompt_logprobs or ())
         self.finish_reason = output.finish_reason
         self.stop, self.spent = output.stop, output.spent
+        self.num_cached += output.num_cached
 
 
 class Generation:
     """The choices of one API request while they are generated; iterate for (choice's index, what is new).
 
-    num_generated: tokens so far. spent: by the choices that have ended, where costs are counted.
+    deadline: on the event loop's clock, None for none. num_generated: tokens so far. spent: by the choices that have
+    ended, where costs are counted.
     """
 
     def __init__(
@@ -60,10 +69,14 @@ class Generation:
         choices: Sequence[Choice],
         arrived: float,
         charge: Charge = free,
+        deadline: float | None = None,
     ):
         self._charge = charge
         charge(sum(len(choice.prompt) for choice in choices))
-        self._metrics = service.metrics
+        service.begun()
+        self._service, self._metrics = service, service.metrics
+        self._deadline = deadline
+        self._closed = False
         self._stream = stream
         self._arrived = arrived
         self._indices = {_engine_id(request_id, index): index for index in range(len(choices))}
@@ -72,28 +85,43 @@ class Generation:
         self._ending = "abort"
         self.num_generated = 0
         self.spent: list[Spent] = []
+        self._choices = choices
+        self._cached = [0] * len(choices)
 
     @classmethod
     async def begin(
-        cls, service: Service, request_id: str, choices: Sequence[Choice], charge: Charge = free
+        cls,
+        service: Service,
+        request_id: str,
+        choices: Sequence[Choice],
+        charge: Charge = free,
+        seconds: float | None = None,
     ) -> "Generation":
-        """Hands all choices to the engine or none; raises its refusals."""
+        """Hands all choices to the engine or none; raises its refusals. seconds: that it all may take."""
         arrived = time.monotonic()
+        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
         requests = [
             Request(
                 id=_engine_id(request_id, index),
                 prompt=choice.prompt,
                 params=choice.params,
                 structure=choice.structure,
+                cache_salt=choice.salt,
             )
             for index, choice in enumerate(choices)
         ]
-        stream = await service.worker.submit(requests)
-        return cls(service, stream, request_id, choices, arrived, charge)
+        async with _until(deadline):
+            stream = await service.worker.submit(requests)
+        return cls(service, stream, request_id, choices, arrived, charge, deadline)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompts that were not computed, as far as is known."""
+        return num_cached(self._choices, self._cached)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
         try:
-            async for output in self._stream:
+            while (output := await self._next()) is not None:
                 index = self._indices[output.request_id]
                 self._count(index, output)
                 if output.finish_reason == "cancelled":
@@ -103,8 +131,16 @@ class Generation:
             self._ending = "error"
             raise
 
+    async def _next(self) -> Output | None:
+        """None at the end."""
+        async with _until(self._deadline):
+            return await anext(self._stream, None)
+
     def close(self) -> None:
         """Cancels what has not finished; the metrics name it as vLLM does, `abort`, or `error` if it was cut."""
+        if not self._closed:
+            self._closed = True
+            self._service.ended()
         self._stream.close()
         for _ in self._unfinished:
             self._metrics.finished(self._ending, time.monotonic() - self._arrived)
@@ -113,6 +149,7 @@ class Generation:
     def _count(self, index: int, output: Output) -> None:
         now = time.monotonic()
         self.num_generated += len(output.ids)
+        self._cached[index] += output.num_cached
         self._charge(len(output.ids))
         if output.spent is not None:
             self.spent.append(output.spent)
@@ -133,9 +170,10 @@ async def collect(
     choices: Sequence[Choice],
     follow: Callable[[int, Output], object] | None = None,
     charge: Charge = free,
+    seconds: float | None = None,
 ) -> list[Answer]:
     """All answers, in the order of the choices. follow: sees (choice's index, what is new) as it comes."""
-    generation = await Generation.begin(service, request_id, choices, charge)
+    generation = await Generation.begin(service, request_id, choices, charge, seconds)
     answers = [Answer() for _ in choices]
     try:
         async for index, output in generation:
@@ -147,9 +185,30 @@ async def collect(
     return answers
 
 
+@asynccontextmanager
+async def _until(deadline: float | None) -> AsyncIterator[None]:
+    """ApiError 504 when the deadline passes first."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        sentence = "the request's time is over, its answer is cut: give it a longer timeout, or ask for less"
+        raise ApiError(504, sentence, param="timeout", code="deadline_exceeded", kind="timeout_error") from error
+
+
 def spent(answers: Iterable[Answer]) -> list[Spent]:
     """What each answer cost, where costs are counted."""
     return [answer.spent for answer in answers if answer.spent is not None]
+
+
+def num_cached(choices: Sequence[Choice], counts: Iterable[int]) -> int:
+    """Tokens of prompts that were not computed, of `counts` for each choice: of choices that share a prompt, which
+    follow one another, the first one's.
+    """
+    befores = (None, *(choice.prompt for choice in choices))
+    return sum(
+        count for before, choice, count in zip(befores, choices, counts, strict=False) if choice.prompt is not before
+    )
 
 
 def new_id(prefix: str) -> str:
@@ -161,14 +220,23 @@ def _engine_id(request_id: str, index: int) -> str:
 
 
 def usage(
-    prompt_tokens: int, completion_tokens: int, reasoning_tokens: int = 0, *, cost: Mapping[str, object] | None = None
+    prompt_tokens: int,
+    completion_tokens: int,
+    reasoning_tokens: int = 0,
+    *,
+    cached: int = 0,
+    cost: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """What was read and written. cost: the fields that say what it cost, where they are to be said."""
+    """What was read and written. cached: of the prompt's tokens, those that were not computed; DeepSeek's API has names
+    of its own for them. cost: the fields that say what it cost, where they are to be said.
+    """
     told: dict[str, object] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_cache_hit_tokens": cached,
+        "prompt_cache_miss_tokens": prompt_tokens - cached,
         "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
     return {**told, **(cost or {})}

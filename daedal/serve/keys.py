@@ -1,8 +1,8 @@
 """Keys: who may ask, and how much each may ask for. Without keys a server asks for none.
 
-Every path but `OPEN` needs one, unknown paths too. Only hashes of keys are kept, and compared in constant time. Limits
-are per minute, filled up continuously; tokens are counted when they are spent, so a key that has overdrawn waits until
-it is even again. Knows nothing of bodies and answers.
+Every path but `OPEN` and the page's own files needs one, unknown paths too. Only hashes of keys are kept, and compared
+in constant time. Limits are per minute, filled up continuously; tokens are counted when they are spent, so a key that
+has overdrawn waits until it is even again. Knows nothing of bodies and answers.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import hmac
 import math
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ Charge = Callable[[int], object]
 
 OPEN = ("/health", "/ready")
 _ACCOUNT = "daedal.account"
+_CHARGES = "daedal.charges"
 _MOST = 10**12
 
 
@@ -126,13 +127,14 @@ class Keys:
 
 
 class KeyGate:
-    """Lets through what has a key, as ASGI, so that a stream counts as under way until its end."""
+    """Lets through what has a key, as ASGI, so that a stream counts as under way until its end. open: paths that need
+    none."""
 
-    def __init__(self, app: ASGIApp, keys: Keys):
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys, open: Collection[str] = OPEN):
+        self._app, self._keys, self._open = app, keys, open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
         try:
@@ -143,6 +145,7 @@ class KeyGate:
             await error.response(scope["path"])(scope, receive, send)
             return
         scope[_ACCOUNT] = account
+        add_charge(scope, account.charge)
         try:
             await self._app(scope, receive, send)
         finally:
@@ -160,16 +163,31 @@ def free(num_tokens: int) -> None:
     """The charge where nobody counts."""
 
 
+def add_charge(scope: Scope, charge: Charge) -> None:
+    """From now on `charge` is told of the tokens of this request, the prompt's first."""
+    scope[_CHARGES] = (*scope.get(_CHARGES, ()), charge)
+
+
 def charge_of(request: Request) -> Charge:
     """What is told of the tokens of the answer."""
-    account = account_of(request)
-    return free if account is None else account.charge
+    charges: tuple[Charge, ...] = request.scope.get(_CHARGES, ())
+
+    def every(num_tokens: int) -> None:
+        for charge in charges:
+            charge(num_tokens)
+
+    return every
 
 
 def owner_of(request: Request) -> str | None:
     """The name of the key that came with the request; None where the server knows no keys."""
     account = account_of(request)
     return None if account is None else account.name
+
+
+def salt_of(request: Request) -> str:
+    """Whose prompts the request's may begin like without being read anew: those of the same key."""
+    return owner_of(request) or ""
 
 
 def _key(name: str, table: object) -> Key:

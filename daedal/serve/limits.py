@@ -6,20 +6,34 @@ itself.
 
 from collections.abc import Sequence
 
+from daedal.errors import OverloadError
 from daedal.serve.costs import check_cost
 from daedal.serve.errors import ApiError
 from daedal.serve.protocol import GenerationBody
 from daedal.serve.service import Service
 
+STOPPING_SECONDS = 10  # after which a server that stops may be there again
+
 
 def admit(service: Service, body: GenerationBody) -> None:
-    """Refuses what names another model, comes before the server is ready, or asks for costs that nobody counts."""
+    """Refuses what names another model, comes before the server is ready or when it is full, or asks for costs that
+    nobody counts."""
     if not service.ready:
-        headers = {"Retry-After": "1"}
-        sentence = "the server is not ready: try again shortly"
+        wait, why = (STOPPING_SECONDS, "is stopping") if service.draining else (1, "is not ready")
+        headers = {"Retry-After": str(wait)}
+        sentence = f"the server {why}: try again in {wait} s"
         raise ApiError(503, sentence, code="unavailable", kind="server_error", headers=headers)
     check_model(service, body.model)
     check_cost(service, body)
+    most, held = service.max_requests, service.worker.num_requests
+    if most is not None and held + body.num_choices > most >= body.num_choices:
+        raise OverloadError(f"{held} requests are under way, the limit is {most}: try again later")
+
+
+def seconds_for(service: Service, body: GenerationBody) -> float | None:
+    """How long a request may take from its arrival to its end: what it asks for, at most what the server allows."""
+    given = [seconds for seconds in (body.timeout, service.max_seconds) if seconds is not None]
+    return min(given, default=None)
 
 
 def check_model(service: Service, name: str | None) -> None:

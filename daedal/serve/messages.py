@@ -17,7 +17,7 @@ from daedal.serve.costs import cost_json
 from daedal.serve.delivery import Dialect, EventStream, nobody, unless_gone
 from daedal.serve.errors import ApiError
 from daedal.serve.generation import Generation, new_id, spent
-from daedal.serve.keys import charge_of
+from daedal.serve.keys import charge_of, salt_of
 from daedal.serve.limits import check_model
 from daedal.serve.message_blocks import Event, MessageBlocks
 from daedal.serve.messages_protocol import CountBody, MessagesBody, as_asked
@@ -36,7 +36,8 @@ class MessagesEndpoint:
         body = MessagesBody.read(await read_object(request))
         chat = body.chat()
         try:
-            asked = await ask(self._service, chat, new_id("msg").replace("-", "_"), charge=charge_of(request))
+            name = new_id("msg").replace("-", "_")
+            asked = await ask(self._service, chat, name, charge=charge_of(request), salt=salt_of(request))
         except ApiError as error:
             raise as_asked(error) from error
         if body.stream:
@@ -64,7 +65,7 @@ class MessagesEndpoint:
             **self._message(asked),
             "content": blocks.blocks,
             **_stopped(asked, answer.finish_reason, answer.stop),
-            "usage": _usage(asked, len(answer.ids), cost),
+            "usage": _usage(asked, len(answer.ids), answer.num_cached, cost),
         }
 
     async def _events(self, generation: Generation, asked: Asked, chat: ChatBody) -> AsyncIterator[Event]:
@@ -79,7 +80,7 @@ class MessagesEndpoint:
         for event in blocks.finish():
             yield event
         cost = cost_json(self._service, chat, generation.spent)
-        usage = _usage(asked, generation.num_generated, cost)
+        usage = _usage(asked, generation.num_generated, generation.num_cached, cost)
         yield {"type": "message_delta", "delta": _stopped(asked, reason, stop), "usage": usage}
         yield {"type": "message_stop"}
 
@@ -103,11 +104,14 @@ def _stopped(asked: Asked, reason: str | None, stop: str | None) -> dict[str, ob
     return {"stop_reason": None if told is None else reasons[told], "stop_sequence": None}
 
 
-def _usage(asked: Asked, num_generated: int, cost: Mapping[str, object] | None = None) -> dict[str, object]:
+def _usage(
+    asked: Asked, num_generated: int, cached: int = 0, cost: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """cached: of the prompt's tokens; this API does not count them among the `input_tokens`."""
     told: dict[str, object] = {
-        "input_tokens": asked.num_prompt,
+        "input_tokens": asked.num_prompt - cached,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": cached,
         "output_tokens": num_generated,
     }
     return {**told, **(cost or {})}

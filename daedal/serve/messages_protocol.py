@@ -196,9 +196,10 @@ class MessagesBody(CountBody):
     top_p: float | None = None
     top_k: int | None = None
     include_cost: bool | None = None
+    timeout: float | None = None
 
     def _fields(self) -> dict[str, object]:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "include_cost")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "include_cost", "timeout")
         own = {name: getattr(self, name) for name in names}
         return {**super()._fields(), **own, "stop": self.stop_sequences or None}
 

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from daedal.cost.spending import Spent
-from daedal.infer.engine import EngineStats
+from daedal.infer.stats import EngineStats
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BETWEEN_TOKENS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -19,12 +19,22 @@ _WHOLE_REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 
 
 class Metrics:
-    """One server's metrics; times are in seconds. model_name: whose costs are told."""
+    """One server's metrics; times are in seconds. model_name: whose costs are told. restarts: how often the engine was
+    started again; pid: of its process, where it is another one."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str):
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        model_name: str,
+        *,
+        restarts: Callable[[], int] = int,
+        pid: Callable[[], int] | None = None,
+    ):
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats, model_name))
+        self._registry.register(_EngineCollector(stats, model_name, restarts))
         ProcessCollector(registry=self._registry)
+        if pid is not None:
+            ProcessCollector(namespace="daedal_engine", pid=pid, registry=self._registry)
         self._finished = Counter(
             "daedal:request_success", "Requests that ended, by reason.", ["finished_reason"], registry=self._registry
         )
@@ -65,8 +75,8 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str):
-        self._stats, self._model_name = stats, model_name
+    def __init__(self, stats: Callable[[], EngineStats], model_name: str, restarts: Callable[[], int]):
+        self._stats, self._model_name, self._restarts = stats, model_name, restarts
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -80,8 +90,11 @@ class _EngineCollector(Collector):
         ]
         counters: list[tuple[str, str, float]] = [
             ("num_preemptions", "Requests put back to wait because pages ran out.", stats.num_preemptions),
-            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens_total),
+            ("prompt_tokens", "Prompt tokens read, computed or not.", stats.prompt_tokens_total),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+            ("prefix_cache_queries", "Prompt tokens that might have been cached.", stats.prefix_queries_total),
+            ("prefix_cache_hits", "Prompt tokens that were cached, and not computed.", stats.prefix_hits_total),
+            ("engine_restarts", "Engines that ended and were started again.", self._restarts()),
         ]
         if stats.num_accepted_at:
             counters += [

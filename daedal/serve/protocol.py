@@ -24,6 +24,7 @@ Body = TypeVar("Body", bound=BaseModel)
 MAX_CHOICES = 128
 MAX_PROMPTS_TIMES_CHOICES = 512
 MAX_STOPS = 4
+MAX_TIMEOUT_SECONDS = 10**6
 
 _RULE = re.compile(r"^(Input|String) should")
 
@@ -153,6 +154,7 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include_cost: bool | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
 
     @property
     def num_choices(self) -> int:

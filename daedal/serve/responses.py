@@ -18,7 +18,7 @@ from daedal.serve.costs import cost_json
 from daedal.serve.delivery import Dialect, EventStream, nobody, unless_gone
 from daedal.serve.errors import ApiError, as_api_error
 from daedal.serve.generation import Generation, new_id, spent
-from daedal.serve.keys import charge_of, owner_of
+from daedal.serve.keys import charge_of, owner_of, salt_of
 from daedal.serve.limits import check_model
 from daedal.serve.response_items import Event, ResponseItems
 from daedal.serve.responses_protocol import ResponsesBody, as_asked
@@ -43,7 +43,9 @@ class ResponsesEndpoint:
         chat = body.chat(past)
         try:
             name = new_id("resp").replace("-", "_")
-            asked = await ask(self._service, chat, name, param="input", charge=charge_of(request))
+            asked = await ask(
+                self._service, chat, name, param="input", charge=charge_of(request), salt=salt_of(request)
+            )
         except ApiError as error:
             raise as_asked(error) from error
         answer = _Answer(self._service, body, chat, asked, [*past, *body.messages()], owner)
@@ -110,7 +112,8 @@ class _Answer:
         self._said = said
         for _ in self._items.finish(complete=answers[0].finish_reason == "stop"):
             pass
-        usage = self._usage(len(answers[0].ids), cost_json(self._service, self._chat, spent(answers)))
+        cost = cost_json(self._service, self._chat, spent(answers))
+        usage = self._usage(len(answers[0].ids), answers[0].num_cached, cost)
         return self._ended(answers[0].finish_reason, usage)
 
     async def events(self, generation: Generation) -> AsyncIterator[Event]:
@@ -138,7 +141,7 @@ class _Answer:
         for event in self._items.finish(complete=reason == "stop"):
             yield event
         cost = cost_json(self._service, self._chat, generation.spent)
-        ended = self._ended(reason, self._usage(generation.num_generated, cost))
+        ended = self._ended(reason, self._usage(generation.num_generated, generation.num_cached, cost))
         yield {"type": f"response.{ended['status']}", "response": ended}
 
     def _ended(self, reason: str | None, usage: Mapping[str, object]) -> dict[str, object]:
@@ -156,11 +159,11 @@ class _Answer:
             self._service.stored.put(self._asked.request_id, stored)
         return response
 
-    def _usage(self, num_generated: int, cost: Mapping[str, object] | None) -> dict[str, object]:
+    def _usage(self, num_generated: int, cached: int, cost: Mapping[str, object] | None) -> dict[str, object]:
         num_prompt = self._asked.num_prompt
         told: dict[str, object] = {
             "input_tokens": num_prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": num_generated,
             "output_tokens_details": {"reasoning_tokens": self._asked.num_reasoning},
             "total_tokens": num_prompt + num_generated,

@@ -164,6 +164,7 @@ class ResponsesBody(BaseModel):
     top_p: float | None = None
     include: list[str] | None = None
     include_cost: bool | None = None
+    timeout: float | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -209,6 +210,7 @@ class ResponsesBody(BaseModel):
             "response_format": self._response_format(),
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             "include_cost": self.include_cost,
+            "timeout": self.timeout,
         }
         with_names = {name: value for name, value in fields.items() if value is not None}
         try:

@@ -1,10 +1,11 @@
-"""A service on a socket: bind, serve, say the address once it is warm, and end in good order when told to.
+"""A service on a socket: serve, say the address once it is warm, and end in good order when told to.
 
-On SIGTERM or SIGINT no request is taken any more, those that run get a few seconds and are then cut with an error
-object. Knows nothing of paths and bodies.
+On SIGTERM or SIGINT the server is no longer ready and refuses what comes; what runs gets its seconds to finish, and is
+then cut with an error object. A second signal cuts it at once. Knows nothing of paths and bodies.
 """
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -14,62 +15,54 @@ from types import FrameType
 
 import uvicorn
 
-from daedal.errors import DaedalError
 from daedal.serve.app import build_app
+from daedal.serve.connection import TimedConnection
+from daedal.serve.listening import address_of
 from daedal.serve.service import Service
 
-GRACE_SECONDS = 3.0  # for requests that run when the server is told to end; then the worker cuts them
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 8.0  # for requests that run when the server is told to end; then the worker cuts them
 CUT_SECONDS = 2  # from there until connections are cut too
-BACKLOG = 2048
-
-
-def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
-    """A listening socket; port 0 picks a free one. DaedalError when the address cannot be had."""
-    if not 0 <= port <= 65535:
-        raise DaedalError(f"port is {port}: it must be from 0 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise DaedalError(
-            f"the host {host!r} cannot be resolved ({error.strerror}): give another with --host"
-        ) from error
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        sentence = f"port {port} on {host} cannot be used ({error.strerror}): give another with --port"
-        raise DaedalError(sentence) from error
-    return sock
-
-
-def address_of(sock: socket.socket) -> str:
-    """The URL under which this machine reaches the socket."""
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _announce(address: str) -> None:
     print(address, flush=True)
 
 
-def run(service: Service, sock: socket.socket, *, announce: Callable[[str], None] = _announce) -> None:
+def configuration(service: Service) -> uvicorn.Config:
+    """How uvicorn serves a service."""
+    return uvicorn.Config(
+        build_app(service),
+        http=TimedConnection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CUT_SECONDS,
+    )
+
+
+def run(
+    service: Service,
+    sock: socket.socket,
+    *,
+    drain_seconds: float = DRAIN_SECONDS,
+    announce: Callable[[str], None] = _announce,
+) -> None:
     """Serves until SIGTERM or SIGINT; `announce` gets the address once the warm-up is done.
 
-    Raises what the warm-up generation raised: then the server ends at once.
+    drain_seconds: that requests then get to finish. Raises what the warm-up generation raised, or by what the last
+    engine was lost: then the server ends at once.
     """
     address = address_of(sock)
     with sock, _signals_end_quietly():
-        asyncio.run(_run(service, sock, lambda: announce(address)))
+        asyncio.run(_run(service, sock, drain_seconds, lambda: announce(address)))
 
 
-async def _run(service: Service, sock: socket.socket, announce: Callable[[], None]) -> None:
-    server = _Server(service)
+async def _run(service: Service, sock: socket.socket, drain_seconds: float, announce: Callable[[], None]) -> None:
+    server = _Server(service, drain_seconds)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     warming = asyncio.create_task(service.warmed.wait())
     await asyncio.wait((serving, warming), return_when=asyncio.FIRST_COMPLETED)
@@ -78,37 +71,49 @@ async def _run(service: Service, sock: socket.socket, announce: Callable[[], Non
     elif service.ready:
         announce()
     warming.cancel()
-    await serving
-    if service.failure is not None:
-        raise service.failure
+    try:
+        await serving
+    finally:
+        await asyncio.to_thread(service.stop)
+    if failure := service.failure or service.worker.failure:
+        raise failure
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which tells the service when it is asked to end."""
+    """uvicorn, which goes on serving while what runs has time to finish, and ends when no engine is left."""
 
-    def __init__(self, service: Service):
-        config = uvicorn.Config(
-            build_app(service),
-            http="h11",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=round(GRACE_SECONDS) + CUT_SECONDS,
-        )
-        super().__init__(config)
-        self._service = service
+    def __init__(self, service: Service, drain_seconds: float):
+        super().__init__(configuration(service))
+        self._service, self._drain_seconds = service, drain_seconds
         self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        self._loop.call_soon_threadsafe(self._loop.call_later, GRACE_SECONDS, self._service.worker.close)
+        self._loop.call_soon_threadsafe(self._end)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.worker.failure is not None
+
+    def _end(self) -> None:
+        if self._draining is None:
+            self._service.draining = True
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            self._service.worker.close()
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            await asyncio.wait_for(self._service.quiet(), self._drain_seconds)
+        except TimeoutError:
+            logger.warning("requests under way after %.0f s of draining are cut", self._drain_seconds)
+        self._service.worker.close()
+        self.should_exit = True
 
 
 @contextmanager
 def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises a signal again once it has served it; here that must not end the process a second time."""
+    """Before uvicorn listens to signals and after, while an engine is being ended, they cut nothing short."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a running server has: an engine in its worker, a tokenizer, perhaps a chat format, and counters.
+"""What a running server has: a worker with an engine, a tokenizer, perhaps a chat format, and counters.
 
 It is built from ready objects: who loads models and from where is not its business. Knows nothing of HTTP.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daedal.cost.spending import Tariff
-from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
+from daedal.serve.abilities import abilities
 from daedal.serve.keys import Keys
 from daedal.serve.metrics import Metrics
 from daedal.serve.stored import StoredResponses
@@ -32,13 +32,15 @@ STOP_SECONDS = 3.0
 class Service:
     """One model on offer.
 
-    model_name: what clients call it; aliases: other names that they may use, such as its path. chat_format: None for a
-    model that only completes text. total_params and active_params: of the model, for the page; None where unknown.
-    keys: who may ask; None for anybody. tariff: the engine's; None where it counts no costs. shows_cost: in every
-    answer, also where nobody asks. compared: of `ancestry`, for the page.
+    worker: runs its engine. model_name: what clients call it; aliases: other names that they may use, such as its path.
+    chat_format: None for a model that only completes text. total_params and active_params: of the model, for the page;
+    None where unknown. keys: who may ask; None for anybody. max_requests: that the engine takes at once, running and
+    waiting, where that is known: more are then refused before they cost anything. max_seconds: of one request, None for
+    any number. tariff: the engine's; None where it counts no costs. shows_cost: in every answer, also where nobody
+    asks. compared: of `ancestry`, for the page.
     """
 
-    engine: Engine
+    worker: Worker
     tokenizer: Tokenizer
     model_name: str
     chat_format: ChatFormat | None = None
@@ -46,30 +48,57 @@ class Service:
     total_params: int | None = None
     active_params: int | None = None
     keys: Keys | None = None
+    max_requests: int | None = None
+    max_seconds: float | None = None
     tariff: Tariff | None = None
     shows_cost: bool = False
     compared: Sequence[Mapping[str, Any]] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.worker = Worker(self.engine)
-        self.metrics = Metrics(self.worker.stats, self.model_name)
+        self.metrics = Metrics(
+            self.worker.stats,
+            self.model_name,
+            restarts=lambda: self.worker.num_restarts,
+            pid=None if self.worker.pid is None else lambda: self.worker.pid or 0,
+        )
+        self.abilities = abilities(self.chat_format)
         self.stored = StoredResponses()
         self.structures = Structures(self.tokenizer)
         self.warmed = asyncio.Event()
         self.failure: Exception | None = None
+        self.draining = False
+        self._num_under_way = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         identity = f"{self.model_name}/{self.total_params}/{self.max_context}"
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
 
     @property
     def max_context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.engine.max_context
+        return self.worker.max_context
 
     @property
     def ready(self) -> bool:
-        """True from the end of the warm-up until the server begins to stop."""
-        return self.warmed.is_set() and self.failure is None and self.worker.running
+        """True from the end of the warm-up until the server begins to stop, but for the time without an engine."""
+        usable = self.failure is None and not self.draining
+        return self.warmed.is_set() and usable and self.worker.state == "ready"
+
+    def begun(self) -> None:
+        """A request has been handed to the engine."""
+        self._num_under_way += 1
+        self._quiet.clear()
+
+    def ended(self) -> None:
+        """Its answer is over."""
+        self._num_under_way -= 1
+        if not self._num_under_way:
+            self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Returns once no answer is under way."""
+        await self._quiet.wait()
 
     async def warm_up(self) -> None:
         """One short generation, so that the first user does not pay for lazy set-up; sets `warmed` in any case."""
@@ -87,9 +116,9 @@ class Service:
             self.warmed.set()
 
     def stop(self) -> None:
-        """Cuts what runs and ends the worker's thread; blocks for a few seconds at most."""
+        """Cuts what runs and ends the engine; blocks for a few seconds at most, and may be called again."""
         if not self.worker.stop(STOP_SECONDS):
-            logger.warning("the engine's last step was not over after %.0f s: it is left behind", STOP_SECONDS)
+            logger.warning("the engine had not ended after %.0f s: it is not waited for", STOP_SECONDS)
 
     def snapshot(self) -> dict[str, object]:
         """The numbers that the page shows."""
@@ -98,6 +127,7 @@ class Service:
             "model": self.model_name,
             "ready": self.ready,
             "chat": self.chat_format is not None,
+            "abilities": self.abilities,
             "counts_cost": self.tariff is not None,
             "max_context": self.max_context,
             "total_params": self.total_params,
@@ -109,6 +139,8 @@ class Service:
             "kv_bytes_total": stats.kv_bytes_total,
             "prompt_tokens_total": stats.prompt_tokens_total,
             "generation_tokens_total": stats.generation_tokens_total,
+            "prefix_queries_total": stats.prefix_queries_total,
+            "prefix_hits_total": stats.prefix_hits_total,
             "num_drafted_total": stats.num_drafted_total,
             "num_accepted_total": stats.num_accepted_total,
         }

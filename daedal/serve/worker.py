@@ -1,24 +1,29 @@
-"""The engine in a thread of its own, and the way to it from an event loop.
+"""What stands between an event loop and an engine, wherever that runs: submissions, their streams, and their ends.
 
-One thread owns the engine: it alone adds, cancels and steps, and sleeps on a condition while there is nothing to do.
-An event loop hands it plain requests and reads plain outputs back, so the thread can one day become a process. Knows
-nothing of HTTP, tokens' text or models.
+Coroutines hand plain requests to a `Worker` and read plain outputs back. Its two kinds are `thread_worker`, an engine
+in a thread of this process, and `process_worker`, one in a process of its own; here is what they share. Knows nothing
+of HTTP and models, and of the engine only what it reports.
 """
 
 import asyncio
-import logging
+import itertools
 import threading
-from collections import deque
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
-from daedal.infer.engine import Engine, EngineStats, StepError
+from daedal.errors import OverloadError
 from daedal.infer.request import Output, Request
-
-logger = logging.getLogger(__name__)
+from daedal.infer.stats import EngineStats
 
 T = TypeVar("T")
+
+State = Literal["starting", "ready", "restarting", "stopped"]
+
+# Prompts are kept until their answers end. So many tokens of them may be under way, 40 bytes each, whatever the queue
+# holds: those of so many contexts, which a queue of short contexts never reaches.
+CONTEXTS, LEAST_TOKENS = 32, 2**22
 
 
 class GenerationFailed(RuntimeError):
@@ -35,8 +40,13 @@ class Stream:
     Iterating raises GenerationFailed or WorkerStopped when the requests were cut. `close` cancels what still runs.
     """
 
-    def __init__(self, worker: "Worker", loop: asyncio.AbstractEventLoop, request_ids: Iterable[str]):
-        self._worker = worker
+    def __init__(
+        self,
+        cancel: Callable[[Iterable[str]], object],
+        loop: asyncio.AbstractEventLoop,
+        request_ids: Iterable[str],
+    ):
+        self._cancel = cancel
         self._loop = loop
         self._unfinished = set(request_ids)
         self._arrived: asyncio.Queue[Output | Exception] = asyncio.Queue()
@@ -60,33 +70,23 @@ class Stream:
         unfinished = frozenset(self._unfinished)
         self._unfinished.clear()
         if unfinished:
-            self._worker.cancel(unfinished)
+            self._cancel(unfinished)
 
     def deliver(self, item: Output | Exception) -> bool:
-        """For the worker's thread: False when nobody can receive any more."""
+        """From any thread: False when nobody can receive any more."""
         return _call(self._loop, self._arrived.put_nowait, item)
 
 
-@dataclass(frozen=True)
-class _Add:
-    requests: tuple[Request, ...]
-    stream: Stream
-    answer: "_Answer"
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    request_ids: frozenset[str]
-
-
-class _Answer:
-    """A future of an event loop, settled from the worker's thread."""
+class Answer:
+    """A future of an event loop, settled once, from any thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
+        self.settled = False
         self.future: asyncio.Future[None] = loop.create_future()
 
     def settle(self, error: Exception | None = None) -> None:
+        self.settled = True
         _call(self._loop, self._settle, error)
 
     def _settle(self, error: Exception | None) -> None:
@@ -98,169 +98,254 @@ class _Answer:
             self.future.set_exception(error)
 
 
-class Worker:
-    """Runs one engine; every public method may be called from any thread, `submit` from an event loop."""
+@dataclass(kw_only=True, eq=False)
+class Submission:
+    """Requests handed over together. live: ids of those that have not ended; begun: something of an answer was
+    delivered; handed: to which of several engines, for who has them."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._stats = engine.stats()
-        self._wake = threading.Condition()
-        self._commands: deque[_Add | _Cancel] = deque()
-        self._live: dict[str, Stream] = {}
-        self._open = False
-        self._thread = threading.Thread(target=self._run, name="daedal-engine", daemon=True)
+    number: int
+    requests: tuple[Request, ...]
+    stream: Stream
+    answer: Answer
+    live: set[str] = field(default_factory=set)
+    begun: bool = False
+    handed: object = None
+
+
+class Desk:
+    """Who waits for what. It takes an engine's reports, which have its methods' names, from whatever thread brings
+    them. cancel: for requests whose reader has gone. stats: the engine's numbers, before its first report.
+    """
+
+    def __init__(self, cancel: Callable[[Iterable[str]], object], stats: EngineStats | None = None):
+        self._cancel = cancel
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._submissions: dict[int, Submission] = {}
+        self._owners: dict[str, Submission] = {}
+        self.stats = stats
+
+    def enter(self, requests: Sequence[Request]) -> Submission:
+        """In an event loop: a submission that waits."""
+        loop = asyncio.get_running_loop()
+        ids = [request.id for request in requests]
+        submission = Submission(
+            number=next(self._numbers),
+            requests=tuple(requests),
+            stream=Stream(self._cancel, loop, ids),
+            answer=Answer(loop),
+            live=set(ids),
+        )
+        with self._lock:
+            self._submissions[submission.number] = submission
+            for request_id in ids:
+                self._owners.setdefault(request_id, submission)
+        return submission
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more; unknown ones may have ended meanwhile."""
+        with self._lock:
+            for request_id in request_ids:
+                self._ended(request_id)
+
+    def accepted(self, number: int) -> None:
+        """The engine has taken all requests of a submission."""
+        with self._lock:
+            submission = self._submissions.get(number)
+        if submission is not None and not submission.answer.settled:
+            submission.answer.settle()
+
+    def refused(self, number: int, error: Exception) -> None:
+        """It has taken none of them."""
+        with self._lock:
+            submission = self._submissions.get(number)
+            if submission is None:
+                return
+            self._forget(submission)
+        if submission.answer.settled:  # by an engine that was lost
+            submission.stream.deliver(error)
+        else:
+            submission.answer.settle(error)
+
+    def delivered(self, outputs: Sequence[Output], stats: EngineStats) -> None:
+        """A step's outputs, and the engine's numbers after it."""
+        self.stats = stats  # who reads an answer finds it counted
+        found: list[tuple[Stream, Output]] = []
+        with self._lock:
+            for output in outputs:
+                owner = self._owners.get(output.request_id)
+                if owner is None:
+                    continue
+                owner.begun = True
+                found.append((owner.stream, output))
+                if output.finish_reason is not None:
+                    self._ended(output.request_id)
+        gone = [output.request_id for stream, output in found if not stream.deliver(output)]
+        if gone:
+            self._cancel(gone)
+
+    def cut(self, request_ids: Iterable[str], cause: Exception | None = None) -> None:
+        """The engine failed with these requests and has dropped them; the others of their submissions go too."""
+        with self._lock:
+            dropped = set(request_ids)
+            owners = {self._owners[request_id] for request_id in dropped if request_id in self._owners}
+            others = [request_id for owner in owners for request_id in owner.live - dropped]
+            for owner in owners:
+                self._forget(owner)
+        for owner in owners:
+            _fail(owner, "the engine failed while generating: the request was cut, try it again", cause)
+        if others:
+            self._cancel(others)
+
+    def lost(self, blamed: object = None) -> None:
+        """The engine has ended with all that it had. Answers that had begun end here, and submissions that were handed
+        to `blamed`; others wait on."""
+        with self._lock:
+            every = self._submissions.values()
+            cut = [owner for owner in every if owner.begun or (blamed is not None and owner.handed is blamed)]
+            for owner in cut:
+                self._forget(owner)
+        for owner in cut:
+            _fail(owner, "the engine ended while this request was in it: the answer is cut, try it again")
+
+    @property
+    def num_requests(self) -> int:
+        """Under way, running or waiting."""
+        return len(self._owners)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all submissions under way."""
+        return sum(len(request.prompt) for submission in self.waiting() for request in submission.requests)
+
+    def waiting(self) -> list[Submission]:
+        """All submissions under way, in the order in which they came."""
+        with self._lock:
+            return list(self._submissions.values())
+
+    def end(self, error: Exception) -> None:
+        """Nothing will come any more: everybody is told."""
+        with self._lock:
+            every = list(self._submissions.values())
+            self._submissions.clear()
+            self._owners.clear()
+        for submission in every:
+            if submission.answer.settled:
+                submission.stream.deliver(error)
+            else:
+                submission.answer.settle(error)
+
+    def _forget(self, submission: Submission) -> None:
+        for request_id in tuple(submission.live):
+            self._ended(request_id, submission)
+        self._submissions.pop(submission.number, None)
+
+    def _ended(self, request_id: str, of: Submission | None = None) -> None:
+        owner = self._owners.get(request_id)
+        if owner is None or (of is not None and owner is not of):
+            return
+        del self._owners[request_id]
+        owner.live.discard(request_id)
+        if not owner.live:
+            self._submissions.pop(owner.number, None)
+
+
+class Worker(ABC):
+    """Runs one engine; `submit` is for event loops, everything else may be called from any thread.
+
+    failure: why there will be no engine any more; None while there may be.
+    """
+
+    failure: Exception | None = None
+    num_restarts = 0
+
+    def __init__(self, stats: EngineStats | None = None):
+        self._desk = Desk(self.cancel, stats)
+
+    @property
+    @abstractmethod
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+
+    @property
+    @abstractmethod
+    def state(self) -> State:
+        """stopped: no request is taken, now or later. restarting: an engine ended, another is on its way."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's process, where it has one of its own."""
+        return None
 
     @property
     def running(self) -> bool:
-        """True while requests are taken."""
-        return self._open
+        """True while requests are taken, if only to wait."""
+        return self.state != "stopped"
 
     def stats(self) -> EngineStats:
         """The engine's numbers after its latest step."""
-        return self._stats
+        assert self._desk.stats is not None, "asked before there was an engine"
+        return self._desk.stats
 
+    @property
+    def num_requests(self) -> int:
+        """Under way, running or waiting."""
+        return self._desk.num_requests
+
+    @abstractmethod
     def start(self) -> None:
-        self._open = True
-        self._thread.start()
+        """From now on requests are taken."""
 
+    @abstractmethod
     def close(self) -> None:
         """Takes no more requests; cuts those that run as soon as the step under way is over."""
-        with self._wake:
-            self._open = False
-            self._wake.notify()
 
+    @abstractmethod
     def stop(self, timeout: float) -> bool:
-        """Closes and waits up to `timeout` seconds for the thread; False when its step was still not over."""
-        self.close()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Closes and waits up to `timeout` seconds for the engine to end; False when it had to be left or killed."""
 
     async def submit(self, requests: Sequence[Request]) -> Stream:
-        """Hands over requests, all or none. Raises what the engine's `add` raises, or WorkerStopped."""
-        loop = asyncio.get_running_loop()
-        stream = Stream(self, loop, (request.id for request in requests))
-        answer = _Answer(loop)
-        self._command(_Add(tuple(requests), stream, answer))
+        """Hands over requests, all or none. Raises what the engine's `add` raises, OverloadError where prompts under
+        way are long already, or WorkerStopped."""
+        most = max(LEAST_TOKENS, CONTEXTS * self.max_context)
+        if (held := self._desk.num_prompt_tokens) and held + sum(len(one.prompt) for one in requests) > most:
+            raise OverloadError(f"prompts of {held} tokens are under way, the most is {most}: try again later")
+        submission = self._desk.enter(requests)
         try:
-            await answer.future
+            self._hand_over(submission)
+            await submission.answer.future
         except BaseException:
-            stream.close()
+            submission.stream.close()
             raise
-        return stream
+        return submission.stream
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends these requests; ids that are not running are ignored, as they may have finished meanwhile."""
-        with self._wake:
-            if self._open:
-                self._commands.append(_Cancel(frozenset(request_ids)))
-                self._wake.notify()
+        ids = frozenset(request_ids)
+        self._desk.withdraw(ids)
+        self._take_back(ids)
 
-    def _command(self, command: _Add) -> None:
-        with self._wake:
-            if not self._open:
-                raise WorkerStopped("the engine takes no requests now: try again later")
-            self._commands.append(command)
-            self._wake.notify()
+    @abstractmethod
+    def _hand_over(self, submission: Submission) -> None:
+        """Gives a submission to the engine; WorkerStopped where there is none and will be none."""
 
-    def _run(self) -> None:
-        try:
-            while self._turn():
-                pass
-        except Exception:
-            logger.exception("the engine is beyond use: no request is taken any more")
-        finally:
-            self._end()
+    @abstractmethod
+    def _take_back(self, request_ids: frozenset[str]) -> None:
+        """Tells the engine that nobody waits for these any more."""
 
-    def _turn(self) -> bool:
-        """Obeys what was commanded, makes one step; False when it is time to end."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._commands or not self._open or self._engine.has_work)
-            if not self._open:
-                return False
-        while (command := self._next_command()) is not None:
-            if isinstance(command, _Add):
-                self._add(command)
-            else:
-                self._cancel(command.request_ids)
-        if self._engine.has_work:
-            self._step()
-        self._stats = self._engine.stats()
-        return True
 
-    def _next_command(self) -> _Add | _Cancel | None:
-        with self._wake:
-            return self._commands.popleft() if self._commands else None
+def stopped() -> WorkerStopped:
+    """What everybody is told who waits for an engine that is to end."""
+    return WorkerStopped("the engine is stopping: the request was cut, try again later")
 
-    def _add(self, command: _Add) -> None:
-        added: list[str] = []
-        try:
-            self._engine.check_room(len(command.requests))
-            for request in command.requests:
-                self._engine.add(request)
-                added.append(request.id)
-        except Exception as error:
-            command.answer.settle(error)
-            for request_id in added:
-                self._engine.cancel(request_id)
-            return
-        for request_id in added:
-            self._live[request_id] = command.stream
-        command.answer.settle()
 
-    def _cancel(self, request_ids: frozenset[str]) -> None:
-        for request_id in request_ids:
-            if self._live.pop(request_id, None) is not None:
-                self._engine.cancel(request_id)
-
-    def _step(self) -> None:
-        try:
-            outputs = self._engine.step()
-        except StepError as error:  # the engine dropped these itself and goes on with the others
-            logger.exception("a step of the engine failed: %d requests are cut", len(error.request_ids))
-            for request_id in self._fail(error.request_ids, error):
-                self._engine.cancel(request_id)
-            return
-        except Exception as error:
-            if not self._live:  # nothing left to blame: another try would fail for ever
-                raise
-            logger.exception("the engine failed: all %d requests are cut", len(self._live))
-            for request_id in self._fail(tuple(self._live), error):
-                self._engine.cancel(request_id)
-            return
-        self._stats = self._engine.stats()  # who reads an answer finds it counted
-        for output in outputs:
-            stream = self._live.get(output.request_id)
-            if stream is None:
-                continue
-            if output.finish_reason is not None:
-                del self._live[output.request_id]
-            if not stream.deliver(output):
-                self._cancel(frozenset((output.request_id,)))
-
-    def _fail(self, request_ids: Sequence[str], cause: Exception) -> Sequence[str]:
-        """Tells the streams of these requests, whose other requests have no reader then: returns all that ended."""
-        streams = {self._live[request_id] for request_id in request_ids if request_id in self._live}
-        ended = [request_id for request_id, stream in self._live.items() if stream in streams]
-        for request_id in ended:
-            del self._live[request_id]
-        for stream in streams:
-            failure = GenerationFailed("the engine failed while generating: the request was cut, try it again")
-            failure.__cause__ = cause
-            stream.deliver(failure)
-        return ended
-
-    def _end(self) -> None:
-        with self._wake:
-            self._open = False
-            commands, self._commands = self._commands, deque()
-        sentence = "the engine is stopping: the request was cut, try again later"
-        for command in commands:
-            if isinstance(command, _Add):
-                command.answer.settle(WorkerStopped(sentence))
-        for stream in set(self._live.values()):
-            stream.deliver(WorkerStopped(sentence))
-        self._live.clear()
+def _fail(submission: Submission, sentence: str, cause: Exception | None = None) -> None:
+    failure = GenerationFailed(sentence)
+    failure.__cause__ = cause
+    if submission.answer.settled:
+        submission.stream.deliver(failure)
+    else:
+        submission.answer.settle(failure)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], item: T) -> bool:

@@ -94,3 +94,25 @@ def test_chat_without_a_template_is_a_mistake(tmp_path: Path, capsys: pytest.Cap
     bare = tiny_checkpoint(tmp_path / "bare", chat=False)
     assert app.run(["chat", str(bare)]) == 2
     assert "template" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--request-timeout=0", "--request-timeout=nan", "--drain-seconds=-1"])
+def test_seconds_that_cannot_be(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["serve", "no-such-model", "--port", "0", option]) == 2
+    err = capsys.readouterr().err
+    assert option.partition("=")[0] in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence_from_the_other_process(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in checkpoint.iterdir():
+        (broken / path.name).write_bytes(
+            path.read_bytes()[:4000] if path.suffix == ".safetensors" else path.read_bytes()
+        )
+    result = subprocess.run([*DAEDAL, "serve", str(broken), "--port", "0"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("daedal: ")
+    assert result.stdout == ""

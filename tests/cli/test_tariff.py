@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from daedal.cli.tariff import Rates
 from daedal.cost import energy
 from daedal.cost.hardware import CALIBRATION
 from daedal.errors import ConfigError
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CHIP = {
     "name": "a test",
     "kind": "measured",
@@ -46,16 +44,16 @@ def calibrate(home: Path) -> None:
 
 
 def test_a_machine_that_nobody_measured_still_counts_joules() -> None:
-    tariff = Rates().tariff(CPU)
+    tariff = Rates().tariff(on_cpu=True)
     assert tariff.price is None
     assert tariff.energy is not None
     assert "assumed" in tariff.energy.source
-    assert Rates().tariff(GPU).energy is None
+    assert Rates().tariff(on_cpu=False).energy is None
 
 
 def test_a_measured_machine_is_this(home: Path) -> None:
     calibrate(home)
-    plain, priced = Rates().tariff(CPU), Rates(prices=home / "own.toml").tariff(CPU)
+    plain, priced = Rates().tariff(on_cpu=True), Rates(prices=home / "own.toml").tariff(on_cpu=True)
     assert plain.energy is not None
     assert plain.energy.watts == 44.0
     assert plain.price is None
@@ -66,22 +64,22 @@ def test_a_measured_machine_is_this(home: Path) -> None:
 
 
 def test_hardware_that_is_named(home: Path) -> None:
-    tariff = Rates(hardware="h200").tariff(GPU)
+    tariff = Rates(hardware="h200").tariff(on_cpu=False)
     assert isinstance(tariff.energy, energy.Steady)
     assert tariff.energy.watts == 700.0
     assert tariff.price is not None
     assert tariff.price.dollars_per_second == pytest.approx(1.41 / 3600)
     with pytest.raises(ConfigError, match=r"h100 has several prices, .*: choose one with --price"):
-        Rates(hardware="h100").tariff(GPU)
-    assert Rates(hardware="h100", price="rented").tariff(GPU).price is not None
+        Rates(hardware="h100").tariff(on_cpu=False)
+    assert Rates(hardware="h100", price="rented").tariff(on_cpu=False).price is not None
     with pytest.raises(ConfigError, match="hardware is 'abacus'"):
-        Rates(hardware="abacus").tariff(CPU)
+        Rates(hardware="abacus").tariff(on_cpu=True)
     with pytest.raises(ConfigError, match="this machine has not been measured"):
-        Rates(hardware="this").tariff(CPU)
+        Rates(hardware="this").tariff(on_cpu=True)
 
 
 @pytest.mark.parametrize("given", ["prices", "price"])
 def test_prices_of_nothing_are_refused(home: Path, given: str) -> None:
     value = home / "own.toml" if given == "prices" else "mine"
     with pytest.raises(ConfigError, match=f"--{given} is given and nobody knows of which hardware: name it"):
-        Rates(**{given: value}).tariff(CPU)
+        Rates(**{given: value}).tariff(on_cpu=True)

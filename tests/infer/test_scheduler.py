@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daedal.infer.pages import PageAllocator
-from daedal.infer.scheduler import Scheduler, Step
+from daedal.infer.scheduler import Chunk, Scheduler, Step
+
+WRONG = 10**6
 
 
 @dataclass(kw_only=True)
@@ -38,16 +40,15 @@ class World:
         step = self.scheduler.schedule()
         for request_id in step.preempted:
             self.told[request_id].fed = 0
-        drafted = {
-            chunk.request_id: [-1] * self.luck.randint(0, chunk.max_drafts)
-            for chunk in step.chunks
-            if self.luck.random() < 0.8
-        }
+        drafted = {chunk.request_id: self.draft(chunk) for chunk in step.chunks if self.luck.random() < 0.8}
         step = step.with_drafts(drafted)
         self.check(step)
         sampled = {}
         for chunk in step.chunks:
             told = self.told[chunk.request_id]
+            if chunk.before:
+                assert list(chunk.before) == told.tokens[: chunk.past]
+                told.fed = chunk.past
             assert chunk.past == told.fed
             assert list(chunk.ids) == told.tokens[told.fed : told.fed + len(chunk.ids)]
             told.fed += len(chunk.ids)
@@ -55,8 +56,8 @@ class World:
             assert chunk.following == (unread[0] if unread else None)
             assert chunk.samples == (not unread and told.num_left > 0)
             if chunk.samples:
-                accepted = self.luck.randint(0, len(chunk.drafts))
-                sampled[chunk.request_id] = [*chunk.drafts[:accepted], len(told.tokens)]
+                accepted = sum(token != WRONG for token in chunk.drafts)
+                sampled[chunk.request_id] = [*range(chunk.end, chunk.end + accepted + 1)]
                 told.tokens += sampled[chunk.request_id]
                 told.fed += accepted
                 told.num_left -= accepted + 1
@@ -66,6 +67,12 @@ class World:
             if told.num_left == 0 and (chunk.samples or told.fed == len(told.tokens)):
                 self.remove(chunk.request_id)
         return step
+
+    def draft(self, chunk: Chunk) -> list[int]:
+        """Some right tokens and then wrong ones: right is each token that is the number of its place."""
+        count = self.luck.randint(0, chunk.max_drafts)
+        right = self.luck.randint(0, count)
+        return [*range(chunk.end, chunk.end + right), *[WRONG] * (count - right)]
 
     def check(self, step: Step) -> None:
         assert all(chunk.ids for chunk in step.chunks)

@@ -7,6 +7,7 @@ from daedal.cost.energy import Steady
 from daedal.cost.spending import Price, Tariff
 from daedal.infer.engine import Engine
 from daedal.serve.service import Service
+from daedal.serve.thread_worker import ThreadWorker
 from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import MODEL
@@ -19,7 +20,7 @@ TARIFF = Tariff(
 def metered_service(directory: Path, *, shows_cost: bool = False, **engine: int) -> Service:
     tokenizer = Tokenizer.load(directory)
     return Service(
-        engine=Engine(load(directory), tokenizer=tokenizer, max_batch=4, tariff=TARIFF, **engine),
+        worker=ThreadWorker(Engine(load(directory), tokenizer=tokenizer, max_batch=4, tariff=TARIFF, **engine)),
         tokenizer=tokenizer,
         chat_format=load_format(directory),
         model_name=MODEL,

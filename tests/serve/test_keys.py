@@ -1,4 +1,4 @@
-"""Keys: every path but two needs one, each has its limits, and what is stored is seen by its owner alone."""
+"""Keys: every path but health and the page needs one, each has its limits, and what is stored is its owner's alone."""
 
 import hashlib
 import itertools
@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from daedal.errors import ConfigError
+from daedal.serve import app
 from daedal.serve.app import build_app
 from daedal.serve.errors import ApiError
 from daedal.serve.keys import OPEN, Account, Key, Keys
@@ -35,13 +36,15 @@ def address(checkpoint: Path) -> Iterator[str]:
         yield address
 
 
-def test_every_path_but_two_needs_a_key(checkpoint: Path, address: str) -> None:
+def test_every_path_but_health_and_the_page_needs_a_key(checkpoint: Path, address: str) -> None:
     engine = ScriptedEngine(Tokenizer.load(checkpoint), lambda _: [40])
     paths = {route.path for route in build_app(scripted_service(checkpoint, engine)).routes}
     assert {"/", "/metrics", "/stats", "/tokenize", "/v1/chat/completions", "/v1/messages", *OPEN} <= paths
+    files = (Path(app.__file__).parent / "page").iterdir()
+    page = {"/" if file.name == "index.html" else f"/{file.name}" for file in files}
     for path in {*paths, "/nothing"}:
         status = httpx.get(address + path.replace("{name:path}", "x").replace("{name}", "x")).status_code
-        assert status == (200 if path in OPEN else 401), path
+        assert status == (200 if path in (*OPEN, *page) else 401), path
     for headers in (
         {},
         bearer("wrong"),

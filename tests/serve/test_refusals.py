@@ -115,6 +115,9 @@ BAD_ANYWHERE: list[tuple[str, dict[str, object], str]] = [
     ("stream options without a stream", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("stream options of another type", {"stream": True, "stream_options": True}, "stream_options"),
     ("model as a number", {"model": 3}, "model"),
+    ("no time", {"timeout": 0}, "timeout"),
+    ("time beyond the cap", {"timeout": 10**7}, "timeout"),
+    ("time as text", {"timeout": "5"}, "timeout"),
 ]
 CASES = [
     *((CHAT, {"messages": HELLO}, *case) for case in [*BAD_CHAT, *BAD_ANYWHERE]),
@@ -196,12 +199,15 @@ def test_fields_that_change_nothing_are_ignored(http: httpx.Client, caplog: pyte
     assert "not_a_field" in caplog.text
 
 
-def test_a_full_queue_is_429_until_a_place_is_free(checkpoint: Path) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["the front end knows", "the engine knows"])
+def test_a_full_queue_is_429_until_a_place_is_free(checkpoint: Path, known: bool) -> None:
     pause = threading.Event()
     engine = ScriptedEngine(
         Tokenizer.load(checkpoint), lambda _: itertools.repeat(40), max_live=1, before_step=lambda: pause.wait(0.002)
     )
-    with serving(scripted_service(checkpoint, engine)) as address, httpx.Client(base_url=f"{address}/v1/") as http:
+    service = scripted_service(checkpoint, engine)
+    service.max_requests = 1 if known else None
+    with serving(service) as address, httpx.Client(base_url=f"{address}/v1/") as http:
         endless = {"prompt": "hi", "stream": True, "max_tokens": engine.max_context}
         with http.stream("POST", COMPLETE, json=endless) as answer:
             lines = answer.iter_lines()  # kept, for the connection is closed with it
@@ -242,9 +248,8 @@ def test_a_failing_engine_is_500_and_the_next_request_is_served(
 
 def test_before_it_is_warm_the_server_refuses_with_503(checkpoint: Path) -> None:
     held = threading.Event()
-    service = real_service(checkpoint)
-    step = service.engine.step
-    service.engine.step = lambda: (held.wait(20), step())[1]  # type: ignore[method-assign]
+    engine = ScriptedEngine(Tokenizer.load(checkpoint), lambda _: [40], before_step=lambda: held.wait(20))
+    service = scripted_service(checkpoint, engine)
     with TestClient(build_app(service)) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 503

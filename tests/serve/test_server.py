@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,54 +16,98 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daedal.errors import DaedalError
-from daedal.serve.server import address_of, bind
+from daedal.serve.listening import address_of, bind
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import ScriptedEngine, events, scripted_service, serving
+from tests.serve.test_streams import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOST = textwrap.dedent("""
     import itertools, sys, threading
-    from daedal.serve.server import bind, run
+    from pathlib import Path
+    from daedal.serve.listening import bind
+    from daedal.serve.server import run
     from daedal.text.tokenizer import Tokenizer
-    from tests.serve.live import ScriptedEngine, scripted_service
+    from daedal.serve.service import Service
+    from daedal.serve.thread_worker import ThreadWorker
+    from tests.serve.scripted import ScriptedEngine
 
     pause = threading.Event()
     tokenizer = Tokenizer.load(sys.argv[1])
-    engine = ScriptedEngine(tokenizer, lambda _: itertools.repeat(40), before_step=lambda: pause.wait(0.01))
-    run(scripted_service(sys.argv[1], engine), bind(port=0))
+    goes_on = lambda _: not Path(sys.argv[3]).exists()
+    script = lambda _: itertools.takewhile(goes_on, itertools.repeat(40))
+    engine = ScriptedEngine(tokenizer, script, before_step=lambda: pause.wait(0.01))
+    service = Service(worker=ThreadWorker(engine), tokenizer=tokenizer, model_name="tiny")
+    run(service, bind(port=0), drain_seconds=float(sys.argv[2]))
     print("ended well", flush=True)
 """)
 
 
-@pytest.fixture
-def process(checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+ENDLESS = {"prompt": "hi", "stream": True, "max_tokens": 10**6}
+
+
+@contextmanager
+def hosted(checkpoint: Path, *, drain_seconds: float = 60.0, until: Path = Path("never")) -> Iterator[tuple]:
+    """A server in a process of its own, and its address. until: ends all answers once it is there."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", HOST, str(checkpoint)]
+    command = [sys.executable, "-c", HOST, str(checkpoint), str(drain_seconds), str(until)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        yield process
-        process.kill()
+        try:
+            address = process.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:")
+            assert httpx.get(f"{address}/ready").status_code == 200
+            yield process, address
+            assert process.wait(timeout=15) == 0
+            assert process.stdout.read() == "ended well\n"
+        finally:
+            process.kill()
 
 
-def test_it_says_its_address_once_warm_and_cuts_what_runs_when_told_to_end(process: subprocess.Popen[str]) -> None:
-    address = process.stdout.readline().strip()
-    assert address.startswith("http://127.0.0.1:")
-    assert httpx.get(f"{address}/ready").status_code == 200
-    endless = {"prompt": "hi", "stream": True, "max_tokens": 10**6}
-    with httpx.stream("POST", f"{address}/v1/completions", json=endless, timeout=30) as answer:
+@contextmanager
+def streaming(address: str) -> Iterator[Iterator[str]]:
+    """The lines of an answer that has begun."""
+    with httpx.stream("POST", f"{address}/v1/completions", json=ENDLESS, timeout=30) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
+        yield lines
+
+
+def rest_of(lines: Iterator[str]) -> list[dict]:
+    return events("".join(f"{line}\n" for line in lines).lstrip())
+
+
+def test_it_ends_well_when_idle(checkpoint: Path) -> None:
+    with hosted(checkpoint) as (process, _):
+        process.send_signal(signal.SIGINT)
+
+
+def test_what_runs_when_it_is_told_to_end_may_finish_and_nothing_else_begins(checkpoint: Path, tmp_path: Path) -> None:
+    enough = tmp_path / "enough"
+    with hosted(checkpoint, until=enough) as (process, address), streaming(address) as lines:
         process.send_signal(signal.SIGTERM)
-        rest = events("".join(f"{line}\n" for line in lines).lstrip())
-    assert rest[-1]["error"]["code"] == "unavailable"
-    assert process.wait(timeout=15) == 0
-    assert process.stdout.read() == "ended well\n"
+        wait_until(address, lambda stats: not stats["ready"])
+        assert httpx.get(f"{address}/ready").status_code == 503
+        assert httpx.get(f"{address}/health").status_code == 200
+        refused = httpx.post(f"{address}/v1/completions", json={"prompt": "hi"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "is stopping" in refused.json()["error"]["message"]
+        enough.touch()
+        assert rest_of(lines)[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_an_idle_server_ends_on_an_interrupt(process: subprocess.Popen[str]) -> None:
-    assert process.stdout.readline().startswith("http://127.0.0.1:")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=15) == 0
-    assert process.stdout.read() == "ended well\n"
+def test_what_does_not_finish_in_time_is_cut_with_an_error(checkpoint: Path) -> None:
+    with hosted(checkpoint, drain_seconds=0.2) as (process, address), streaming(address) as lines:
+        process.send_signal(signal.SIGTERM)
+        assert rest_of(lines)[-1]["error"]["code"] == "unavailable"
+
+
+def test_a_second_signal_cuts_at_once(checkpoint: Path) -> None:
+    with hosted(checkpoint, drain_seconds=3600.0) as (process, address), streaming(address) as lines:
+        process.send_signal(signal.SIGTERM)
+        wait_until(address, lambda stats: not stats["ready"])
+        process.send_signal(signal.SIGINT)
+        assert rest_of(lines)[-1]["error"]["code"] == "unavailable"
 
 
 def test_a_port_in_use_is_one_clear_sentence() -> None:

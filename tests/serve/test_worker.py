@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from daedal.errors import OverloadError
-from daedal.infer.engine import StepError
 from daedal.infer.request import Output, Request, SamplingParams
+from daedal.infer.stats import StepError
+from daedal.serve import worker as workers
+from daedal.serve.thread_worker import ThreadWorker
 from daedal.serve.worker import GenerationFailed, Stream, Worker, WorkerStopped
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import ScriptedEngine
@@ -27,7 +29,7 @@ async def all_of(stream: Stream) -> list[Output]:
 
 @contextmanager
 def working(engine: ScriptedEngine) -> Iterator[Worker]:
-    worker = Worker(engine)
+    worker = ThreadWorker(engine)
     worker.start()
     try:
         yield worker
@@ -91,6 +93,30 @@ def test_a_failing_step_fails_its_requests_and_the_worker_lives_on(
     assert isinstance(first, GenerationFailed)
     assert isinstance(second, list if blamed else GenerationFailed)
     assert third[-1].finish_reason == "stop"
+
+
+def test_prompts_under_way_are_bounded_by_their_tokens(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CONTEXTS", 0)
+    monkeypatch.setattr(workers, "LEAST_TOKENS", 100)
+    engine = ScriptedEngine(tokenizer, lambda _: itertools.repeat(7))
+
+    def endless(name: str, num_tokens: int) -> Request:
+        return Request(id=name, prompt=(5,) * num_tokens, params=SamplingParams(max_tokens=10**6))
+
+    async def scenario(worker: Worker) -> None:
+        alone = await worker.submit([endless("a", 101)])
+        with pytest.raises(OverloadError, match="prompts of 101 tokens are under way, the most is 100"):
+            await worker.submit([request("b")])
+        alone.close()
+        first, second = await worker.submit([endless("c", 60)]), await worker.submit([endless("d", 40)])
+        with pytest.raises(OverloadError):
+            await worker.submit([request("e")])
+        first.close()
+        assert await all_of(await worker.submit([request("f", (5,) * 60)]))
+        second.close()
+
+    with working(engine) as worker:
+        asyncio.run(scenario(worker))
 
 
 def test_closing_a_stream_cancels_what_runs(tokenizer: Tokenizer) -> None:

@@ -1,410 +1,355 @@
-// The chat page: keeps the conversation, sends it, shows the answer as it comes, and the live line below.
+// The chat page: which conversation is open, which answers are under way, and what a key or a click does. An answer
+// goes on while another conversation is open, and is kept as far as it has come.
 
-import { render } from "./markdown.js";
+import { Api } from "./api.js";
+import { Growth, asked, begin, entitle, newAnswer } from "./conversation.js";
+import { byId, download, textButton } from "./elements.js";
+import { List } from "./list.js";
+import { Live } from "./live.js";
+import { showAnswer, showCosts } from "./panel.js";
+import { Settings } from "./settings.js";
+import { MOST, Store } from "./store.js";
+import { Turns, fit } from "./turns.js";
 
-// Small models wander at higher temperatures: what the default model's publisher advises.
-const SAMPLING = { temperature: 0.2, top_p: 0.9 };
-const IDLE_POLL_MS = 5000;
-const BUSY_POLL_MS = 1000;
-const SOON_MS = 300; // for the server to notice that a stopped answer is not wanted any more
+const KEEP_MS = 300;
 const NEAR_BOTTOM_PX = 80;
+const UNKEPT = "This browser does not keep the conversation: export it, or it is lost when the page goes.";
 
-const byId = (id) => document.getElementById(id);
 const scroller = byId("scroller");
-const conversation = byId("conversation");
 const input = byId("input");
+const wide = matchMedia("(min-width: 62rem)"); // as in style.css
 
-let messages = []; // {role, content, reasoning_content}, as the API takes them
-let running = null; // the AbortController of the answer under way
-let canChat = true;
-let countsCost = false; // whether the server can say what an answer cost
+const store = await Store.open().catch(() => null);
+const settings = new Settings(() => live.poll());
+const api = new Api(() => settings.key);
+const live = new Live(api, settings, serverIs);
+const turns = new Turns(byId("conversation"), { edit, again, results, leave: () => input.focus() });
+const list = new List(byId("list"), { open, rename, keep: exportOne, remove });
 
-async function send(text) {
-  const question = { role: "user", content: text };
-  const asked = [...messages, question];
-  const controller = new AbortController();
-  setRunning(controller);
+let current = begin();
+const runs = new Map(); // {controller, conversation, growth} by the conversation's id
+const unsaved = new Map(); // conversations to be kept soon, by id
+
+// Asks for the next answer; where none begins, the conversation is as it was `before`.
+async function ask(conversation, before, typed = "") {
+  const body = { ...settings.request(), messages: asked(conversation.messages, settings.system), ...live.wishes() };
+  const message = newAnswer();
+  const run = { controller: new AbortController(), conversation, growth: new Growth(message) };
+  conversation.messages.push(message);
+  conversation.updated = Date.now();
+  entitle(conversation);
+  runs.set(conversation.id, run);
+  if (conversation === current) addressIs(conversation.id);
   showError("");
-  byId("welcome").hidden = true;
-  const turn = addTurn("user");
-  turn.textContent = text;
-  const answer = new Answer(addTurn("assistant"));
-  scrollToEnd();
-  let problem = "";
-  try {
-    await receive(asked, controller.signal, answer);
-  } catch (error) {
-    if (!controller.signal.aborted) problem = error.message || "The connection to the server was lost: try again.";
+  save(conversation);
+  show(true);
+  const problem = await receive(run, body);
+  runs.delete(conversation.id);
+  if (problem && !run.growth.began) {
+    conversation.messages = before;
+    if (conversation === current && !input.value) input.value = typed;
   }
-  if (running !== controller) return; // a new chat was begun meanwhile
-  answer.finish(controller.signal.aborted);
-  if (answer.began || controller.signal.aborted) {
-    messages = [...asked, answer.message()];
-  } else if (problem) {
-    turn.remove();
-    answer.element.remove();
-    input.value = text;
-    byId("welcome").hidden = messages.length > 0;
-  } else {
-    messages = [...asked, answer.message()];
-  }
+  if (run.dropped) return adjust();
+  save(conversation);
+  if (conversation !== current) return adjust();
+  show();
   showError(problem);
-  setRunning(null);
+  byId("status").textContent = problem ? "" : "The answer is complete.";
 }
 
-async function receive(asked, signal, answer) {
-  const body = {
-    messages: asked,
-    tool_choice: "auto", // a call is shown as one, although the page offers no tools
-    stream: true,
-    stream_options: { include_usage: true, continuous_usage_stats: true },
-    ...(countsCost ? { include_cost: true } : {}),
-    ...SAMPLING,
-  };
-  const response = await fetch("/v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
-  if (!response.ok) throw new Error(await refusal(response));
-  for await (const chunk of events(response.body)) {
-    if (chunk.error) throw new Error(sentence(chunk.error.message));
-    answer.take(chunk);
-  }
-}
-
-async function refusal(response) {
+// What went wrong, or nothing.
+async function receive({ controller, conversation, growth }, body) {
   try {
-    return sentence((await response.json()).error.message);
-  } catch {
-    return `The server answered with status ${response.status}.`;
+    for await (const chunk of api.answer(body, controller.signal)) {
+      growth.take(chunk);
+      saveSoon(conversation);
+      if (conversation === current) drawSoon(growth);
+    }
+    growth.end();
+  } catch (error) {
+    growth.end(controller.signal.aborted ? "stopped" : "error");
+    if (error.status === 401) live.poll();
+    if (!controller.signal.aborted) return error.message;
   }
+  return "";
 }
 
-function sentence(message) {
-  const text = message.charAt(0).toUpperCase() + message.slice(1);
-  return /[.!?]$/.test(text) ? text : `${text}.`;
+function send() {
+  const text = input.value.trim();
+  if (!text || !mayAsk()) return;
+  const before = [...current.messages];
+  current.messages.push({ role: "user", content: text });
+  input.value = "";
+  ask(current, before, text);
 }
 
-// Server-sent events, each one JSON object, until `[DONE]`.
-async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The server ended the answer early: try again.");
-    const parts = (rest + value).split(/\r?\n\r?\n/);
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part
-        .split(/\r?\n/)
-        .filter((line) => line.startsWith("data:"))
-        .map((line) => line.slice(5).trim())
-        .join("\n");
-      if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
-    }
-  }
+function edit(index, text) {
+  askFrom(index, { role: "user", content: text });
 }
 
-// One answer: above it its thought, folded once the answer itself begins, and below it the tools that it calls.
-class Answer {
-  constructor(element) {
-    this.element = element;
-    this.text = "";
-    this.thought = "";
-    this.calls = []; // {name, arguments}
-    this.parts = {}; // elements by name, made when first needed
-    this.firstAt = 0;
-    this.firstCount = 0;
-    this.framed = false;
-    element.classList.add("waiting");
-  }
+function again(index) {
+  askFrom(index);
+}
 
-  take(chunk) {
-    const count = chunk.usage?.completion_tokens ?? 0;
-    if (count) this.measure(count);
-    this.cost = chunk.usage?.cost_details ?? this.cost;
-    const delta = chunk.choices[0]?.delta;
-    if (!delta?.content && !delta?.reasoning_content && !delta?.tool_calls) return;
-    this.thought += delta.reasoning_content ?? "";
-    this.text += delta.content ?? "";
-    for (const { index, function: piece } of delta.tool_calls ?? []) {
-      this.calls[index] ??= { name: piece.name, arguments: "" };
-      this.calls[index].arguments += piece.arguments;
-    }
-    if (this.framed) return;
-    this.framed = true;
-    requestAnimationFrame(() => this.draw());
-  }
+function results(index, texts) {
+  const calls = current.messages[index].tool_calls;
+  const messages = texts.map((content, at) => ({ role: "tool", tool_call_id: calls[at].id, content }));
+  askFrom(index + 1, ...messages);
+}
 
-  get began() {
-    return Boolean(this.text || this.thought || this.calls.length);
-  }
+function askFrom(index, ...messages) {
+  if (!mayAsk()) return;
+  const before = current.messages;
+  current.messages = [...before.slice(0, index), ...messages];
+  ask(current, before, messages[0]?.role === "user" ? messages[0].content : "");
+  input.focus();
+}
 
-  // Calls are only shown: there is nobody here to answer them, so they are no part of the conversation.
-  message() {
-    const thought = this.thought ? { reasoning_content: this.thought } : {};
-    return { role: "assistant", content: this.text, ...thought };
-  }
+function mayAsk() {
+  return live.canAsk && !runs.has(current.id);
+}
 
-  // Tokens per second since the first one: the prompt's time is not the answer's speed.
-  measure(count) {
-    const now = performance.now();
-    if (!this.firstAt) {
-      this.firstAt = now;
-      this.firstCount = count;
-    } else if (count > this.firstCount) {
-      const perSecond = ((count - this.firstCount) * 1000) / (now - this.firstAt);
-      byId("live-speed").textContent = `${perSecond.toFixed(perSecond < 100 ? 1 : 0)} tokens/s`;
-    }
-  }
+function stop() {
+  runs.get(current.id)?.controller.abort();
+}
 
-  draw() {
-    this.framed = false;
-    if (!running) return;
+// What is shown
+
+function show(toEnd = false) {
+  const running = runs.has(current.id);
+  const follow = toEnd || atEnd();
+  turns.show(current.messages, running);
+  showAnswer(current.messages.findLast(({ about }) => about?.tokens)?.about);
+  showCosts(current.messages);
+  if (!running) byId("status").textContent = "";
+  adjust();
+  showList();
+  if (follow) scroller.scrollTop = scroller.scrollHeight;
+}
+
+// The server is another than it was: it takes questions, or it does not.
+function serverIs() {
+  if (!live.chats) showNotice("This model completes text but has no chat format: use /v1/completions.");
+  adjust();
+  if (live.locked) byId("key").focus();
+  else input.focus();
+}
+
+// What depends on whether an answer is under way and whether the server takes questions.
+function adjust() {
+  const running = runs.has(current.id);
+  byId("conversation").setAttribute("aria-busy", String(running));
+  byId("locked").hidden = !live.locked;
+  byId("welcome").hidden = live.locked || current.messages.length > 0;
+  byId("send").hidden = running;
+  byId("stop").hidden = !running;
+  byId("send").disabled = !live.canAsk || !input.value.trim();
+  input.disabled = !live.canAsk;
+  input.placeholder = live.chats ? "Write a message" : "This model has no chat format";
+  fit(input);
+  live.hurry(runs.size > 0);
+}
+
+let framed = false;
+
+function drawSoon(growth) {
+  if (framed) return;
+  framed = true;
+  requestAnimationFrame(() => {
+    framed = false;
+    if (runs.get(current.id)?.growth !== growth) return;
     const follow = atEnd();
-    this.element.classList.remove("waiting");
-    this.element.classList.add("growing");
-    this.show();
-    if (follow) scrollToEnd();
-  }
-
-  show() {
-    if (this.thought) this.part("thought", makeThought).lastChild.textContent = this.thought;
-    if (this.text || this.calls.length) this.fold();
-    if (this.text) this.part("said", () => make("div", "said")).replaceChildren(render(this.text));
-    if (this.calls.length) this.part("calls", () => make("div", "calls")).replaceChildren(...this.calls.map(showCall));
-  }
-
-  // Once, so that a reader may open the thought again.
-  fold() {
-    if (this.parts.thought && !this.folded) this.parts.thought.open = false;
-    this.folded = true;
-  }
-
-  part(name, build) {
-    if (!this.parts[name]) {
-      this.parts[name] = build();
-      this.element.append(this.parts[name]);
-    }
-    return this.parts[name];
-  }
-
-  finish(stopped) {
-    const follow = atEnd();
-    this.element.classList.remove("waiting", "growing");
-    this.show();
-    if (stopped) this.element.append(note("Stopped."));
-    else if (!this.text.trim() && !this.calls.length) this.element.append(note("The model gave an empty answer."));
-    if (this.cost) this.element.append(costLine(this.cost));
-    if (follow) scrollToEnd();
-  }
+    turns.grow();
+    showAnswer(growth.message.about);
+    byId("status").textContent = growth.thinks ? "The model is thinking." : "The answer is coming.";
+    if (follow) scroller.scrollTop = scroller.scrollHeight;
+  });
 }
 
-function makeThought() {
-  const element = make("details", "thought");
-  element.open = true;
-  element.append(make("summary", "", "Thought"), make("div", "thought-text"));
-  return element;
-}
-
-function showCall({ name, arguments: text }) {
-  const element = make("pre", "call");
-  element.tabIndex = 0; // so that the keyboard can scroll it
-  element.append(make("code", "", `${name}(${text})`));
-  return element;
-}
-
-function note(text) {
-  return make("p", "note", text);
-}
-
-// What the answer cost, in one quiet line; what the figures rest on is said where the pointer rests.
-function costLine(cost) {
-  const parts = [work(cost.flops), `${bytes(cost.kv_byte_seconds)}·s of cache`];
-  if (cost.joules !== null) parts.unshift(`${figures(cost.joules)} J`);
-  if (cost.dollars !== null) parts.unshift(`$${figures(cost.dollars)}`);
-  const element = make("p", "note cost", parts.join(" · "));
-  const sources = [cost.energy_source && `energy: ${cost.energy_source}`, cost.price && `price: ${cost.price}`];
-  element.title = sources.filter(Boolean).join("; ");
-  return element;
-}
-
-// What a token costs with a converted model and with the one that it was made of, and how well they do.
-function showCompared(models) {
-  const table = byId("compared");
-  if (!models?.length || !table.hidden) return;
-  const context = new Intl.NumberFormat("en").format(models[0].context);
-  const measures = [
-    ["", (model) => model.name],
-    ["Cache per token", (model) => bytes(model.kv_bytes_per_token)],
-    ["Parameters per token", (model) => amount(model.active_params)],
-    [`Work per token after ${context}`, (model) => work(model.decode_flops_per_token)],
-    ["Perplexity of real text", (model) => `× ${model.perplexity_ratio.toFixed(3)}`],
-  ];
-  for (const [index, [title, told]] of measures.entries()) {
-    const row = table.insertRow();
-    row.append(make("th", "", title), ...models.map((model) => make(index ? "td" : "th", "", told(model))));
-  }
-  table.hidden = false;
-}
-
-function work(flops) {
-  return scaled(flops, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"]);
-}
-
-// Two figures that count, and no exponent.
-function figures(value) {
-  return new Intl.NumberFormat("en", { maximumSignificantDigits: 2 }).format(value);
-}
-
-function make(tag, className, text = "") {
-  const element = document.createElement(tag);
-  element.className = className;
-  element.textContent = text;
-  return element;
-}
-
-function addTurn(role) {
-  const element = document.createElement("div");
-  element.className = `turn ${role}`;
-  element.setAttribute("aria-label", role === "user" ? "You" : "Model");
-  element.setAttribute("role", "article");
-  conversation.append(element);
-  return element;
-}
-
-function setRunning(controller) {
-  running = controller;
-  conversation.setAttribute("aria-busy", String(Boolean(controller)));
-  byId("send").hidden = Boolean(controller);
-  byId("stop").hidden = !controller;
-  fit();
-  pollIn(SOON_MS);
+async function showList() {
+  const heads = (await store?.heads()) ?? [];
+  list.show(heads, current.id, runs);
+  byId("export-all").disabled = !heads.length;
 }
 
 function showError(text) {
   byId("error").textContent = text;
   byId("error").hidden = !text;
+  if (text) showNotice("");
 }
 
-function fit() {
-  byId("send").disabled = !canChat || !input.value.trim();
-  input.style.height = "auto";
-  input.style.height = `${input.scrollHeight}px`;
+function showNotice(text, ...buttons) {
+  byId("notice").replaceChildren(text, ...buttons);
+  byId("notice").hidden = !text;
 }
 
 function atEnd() {
   return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_BOTTOM_PX;
 }
 
-function scrollToEnd() {
-  scroller.scrollTop = scroller.scrollHeight;
+// What is kept
+
+async function save(conversation) {
+  unsaved.delete(conversation.id);
+  if (!conversation.messages.length) return forget(conversation);
+  try {
+    await store.save(conversation);
+    await store.trim();
+  } catch {
+    showNotice(UNKEPT);
+  }
+  showList();
 }
 
-function submit() {
-  const text = input.value.trim();
-  if (!text || running || !canChat) return;
-  input.value = "";
-  send(text);
+function saveSoon(conversation) {
+  if (unsaved.has(conversation.id)) return;
+  unsaved.set(conversation.id, conversation);
+  setTimeout(() => unsaved.has(conversation.id) && saveNow(conversation), KEEP_MS);
+}
+
+function saveNow(conversation) {
+  unsaved.delete(conversation.id);
+  store?.save(conversation).catch(() => showNotice(UNKEPT));
+}
+
+async function forget({ id }) {
+  unsaved.delete(id);
+  await store?.remove(id);
+  if (id === current.id) addressIs("");
+  showList();
+}
+
+// Undefined where another tab has deleted it.
+async function find(id) {
+  return id === current.id ? current : (runs.get(id)?.conversation ?? (await store?.read(id)));
+}
+
+async function open(id) {
+  const found = await find(id);
+  if (!found) return newChat();
+  current = found;
+  if (addressed() !== id) history.pushState(null, "", `#${id}`);
+  arrive();
 }
 
 function newChat() {
-  const controller = running;
-  messages = [];
-  setRunning(null);
-  controller?.abort();
-  conversation.replaceChildren();
-  byId("welcome").hidden = false;
+  current = begin();
+  if (addressed()) history.pushState(null, "", location.pathname);
+  arrive();
+}
+
+function arrive() {
   showError("");
+  showSide(wide.matches && sideIsOpen());
+  show(true);
   input.focus();
 }
 
-let timer = 0;
+async function rename(id, title) {
+  const conversation = await find(id);
+  if (!conversation) return showList();
+  Object.assign(conversation, { title, named: true });
+  save(conversation);
+}
 
-async function poll() {
-  if (!document.hidden) {
-    try {
-      const response = await fetch("/stats");
-      if (response.ok) showStats(await response.json());
-    } catch {
-      byId("live-cache").textContent = "The server does not answer";
-    }
+async function remove(id) {
+  const run = runs.get(id);
+  const conversation = await find(id);
+  if (run) run.dropped = true;
+  run?.controller.abort();
+  await forget({ id });
+  if (!conversation) return;
+  if (id === current.id) newChat();
+  const undo = textButton("Undo", "link", () => {
+    showNotice("");
+    save(conversation);
+  });
+  showNotice("The conversation is deleted. ", undo);
+}
+
+async function exportOne(id) {
+  const conversation = await find(id);
+  if (!conversation) return showList();
+  download("conversation.json", JSON.stringify(conversation, null, 2));
+}
+
+async function exportAll() {
+  download("conversations.json", JSON.stringify(await store.readAll(), null, 2));
+}
+
+// The address says which conversation is open, so that a reload opens it again.
+
+function addressed() {
+  return location.hash.slice(1);
+}
+
+function addressIs(id) {
+  if (addressed() !== id) history.replaceState(null, "", id ? `#${id}` : location.pathname);
+}
+
+function followAddress() {
+  if (addressed() === current.id || (!addressed() && !current.messages.length)) return;
+  if (addressed()) open(addressed());
+  else newChat();
+}
+
+// The list at the side
+
+function sideIsOpen() {
+  return document.body.dataset.side === "open";
+}
+
+function showSide(opened) {
+  document.body.dataset.side = opened ? "open" : "closed";
+  byId("toggle-side").setAttribute("aria-expanded", String(opened));
+}
+
+// Keys and clicks
+
+function onKey(event) {
+  const plain = !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey;
+  if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
+    event.preventDefault();
+    byId("settings").close();
+    newChat();
+  } else if (event.key === "Escape" && !byId("settings").open) {
+    if (!wide.matches && sideIsOpen()) showSide(false);
+    else stop();
+  } else if (event.key === "ArrowUp" && plain && event.target === input && !input.value && mayAsk()) {
+    event.preventDefault();
+    turns.edit();
+  } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.target === input) {
+    event.preventDefault();
+    send();
   }
-  pollIn(running ? BUSY_POLL_MS : IDLE_POLL_MS);
-}
-
-function pollIn(milliseconds) {
-  clearTimeout(timer);
-  timer = setTimeout(poll, milliseconds);
-}
-
-function showStats(stats) {
-  countsCost = stats.counts_cost;
-  showCompared(stats.compared);
-  byId("model").textContent = stats.model;
-  byId("model").title = stats.model;
-  document.title = `${stats.model} – Daedal`;
-  byId("live-cache").textContent = `${bytes(stats.kv_bytes_used)} of ${bytes(stats.kv_bytes_total)} KV cache`;
-  if (stats.total_params && stats.active_params) {
-    const share = (100 * stats.active_params) / stats.total_params;
-    const shown = share.toFixed(share < 10 ? 1 : 0);
-    byId("live-active").textContent = `${shown}% of ${amount(stats.total_params)} parameters active`;
-    byId("live-active-item").hidden = false;
-  }
-  if (canChat && !stats.chat) {
-    canChat = false;
-    input.disabled = true;
-    input.placeholder = "This model has no chat format";
-    showError("This model completes text but has no chat format: use /v1/completions.");
-    fit();
-  }
-}
-
-function bytes(count) {
-  return scaled(count, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]);
-}
-
-function scaled(count, step, units) {
-  let value = count;
-  let unit = 0;
-  while (value >= step && unit < units.length - 1) {
-    value /= step;
-    unit += 1;
-  }
-  return `${value.toFixed(unit && value < 10 ? 1 : 0)} ${units[unit]}`;
-}
-
-function amount(count) {
-  const short = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
-  if (count >= 1e9) return `${short.format(count / 1e9)} B`;
-  if (count >= 1e6) return `${short.format(count / 1e6)} M`;
-  return short.format(count);
 }
 
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  submit();
+  send();
+});
+byId("locked").addEventListener("submit", (event) => {
+  event.preventDefault();
+  settings.useKey(byId("key").value.trim());
+  byId("key").value = "";
 });
 byId("stop").addEventListener("click", () => {
-  running?.abort();
+  stop();
   input.focus();
 });
 byId("new-chat").addEventListener("click", newChat);
-input.addEventListener("input", fit);
-input.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    submit();
-  }
-});
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
-});
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) poll();
-});
-fit();
-poll();
+byId("export-all").addEventListener("click", exportAll);
+byId("toggle-side").addEventListener("click", () => showSide(!sideIsOpen()));
+byId("shade").addEventListener("click", () => showSide(false));
+input.addEventListener("input", adjust);
+wide.addEventListener("change", () => showSide(wide.matches));
+document.addEventListener("keydown", onKey);
+addEventListener("popstate", followAddress);
+addEventListener("pagehide", () => unsaved.forEach(saveNow));
+store?.watch(() => showList());
+if (!store) showNotice(UNKEPT);
+byId("list").title = `The latest ${MOST} conversations are kept`;
+showSide(wide.matches);
+if (addressed()) await open(addressed());
+else show();
+live.poll();

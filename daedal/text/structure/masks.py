@@ -13,10 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class CompiledStructure:
-    """One grammar over a vocabulary, for any number of answers. matcher: llguidance's, at its beginning; end_ids: the
-    tokenizer's."""
+    """One grammar over a vocabulary, for any number of answers. grammar: its text; matcher: llguidance's, at its
+    beginning; end_ids: the tokenizer's."""
 
-    def __init__(self, matcher: Any, *, num_tokens: int, end_ids: list[int]):
+    def __init__(self, grammar: str, matcher: Any, *, num_tokens: int, end_ids: list[int]):
+        self.grammar = grammar
         self._matcher, self._num_tokens, self._end_ids = matcher, num_tokens, end_ids
 
     def begin(self, *, vocab_size: int, end_ids: frozenset[int]) -> "StructureMask":

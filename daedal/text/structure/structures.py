@@ -53,7 +53,11 @@ class Structures:
         if not self._vocabulary.end_ids:
             raise RequestError("the answer has a form that ends, and the tokenizer names no end token: ask for text")
         param = "tools" if shape.json is None else "response_format"
-        grammar = grammar_of(shape, self._vocabulary.tags)
+        return self.compiled(grammar_of(shape, self._vocabulary.tags), param)
+
+    def compiled(self, grammar: str, param: str | None = None) -> CompiledStructure:
+        """The rule of a grammar that `make` wrote, here or in another process. param: what is blamed where it asks too
+        much."""
         with self._lock:
             made = self._kept.get(grammar)
             if made is None:
@@ -63,7 +67,7 @@ class Structures:
                 self._kept.popitem(last=False)
             return made
 
-    def _made(self, grammar: str, param: str) -> CompiledStructure:
+    def _made(self, grammar: str, param: str | None) -> CompiledStructure:
         library = self._library()
         matcher = library.LLMatcher(self._told, grammar, log_level=0, limits=library.LLParserLimits(**_LIMITS))
         if not matcher.is_error():
@@ -71,9 +75,10 @@ class Structures:
             matcher.deep_copy().compute_bitmask()
         if matcher.is_error():
             reason = " ".join(matcher.get_error().splitlines()[:1])[:300]
-            raise RequestError(f"{param} cannot be enforced ({reason}): ask for something simpler", param=param)
+            blamed = param or "the grammar"
+            raise RequestError(f"{blamed} cannot be enforced ({reason}): ask for something simpler", param=param)
         vocabulary = self._vocabulary
-        return CompiledStructure(matcher, num_tokens=vocabulary.num_tokens, end_ids=vocabulary.end_ids)
+        return CompiledStructure(grammar, matcher, num_tokens=vocabulary.num_tokens, end_ids=vocabulary.end_ids)
 
     def _library(self) -> ModuleType:
         if llguidance is None:
