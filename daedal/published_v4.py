@@ -128,7 +128,7 @@ def _layer_types(folded: Mapping[str, Any], count: int) -> list[Any]:
     if not isinstance(ratios, list | tuple) or len(ratios) < count:
         raise ConfigError(f"`compress_ratios` is {ratios!r}: give one ratio for each of {count} layers")
     for ratio in ratios[:count]:
-        if isinstance(ratio, bool) or ratio not in _KIND_OF_RATIO:
+        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio not in _KIND_OF_RATIO:
             raise ConfigError(f"`compress_ratios` has {ratio!r}: V4 has 0, 4 and 128; name other kinds in layer_types")
     return [_KIND_OF_RATIO[ratio] for ratio in ratios[:count]]
 
@@ -164,6 +164,8 @@ def _ropes(folded: Mapping[str, Any]) -> tuple[RopeParameters, RopeParameters]:
     if not isinstance(plain, Mapping) or not isinstance(stretched, Mapping):
         plain = {"rope_type": "default"}
         stretched = folded.get("rope_scaling") or nested or {"rope_type": "default"}
+    if not isinstance(stretched, Mapping):
+        raise ConfigError(f"rope_scaling is {stretched!r}: it must be an object")
     ropes = []
     for given, theta in ((plain, folded["rope_theta"]), (stretched, folded["compress_rope_theta"])):
         inner = {name: value for name, value in given.items() if name != "partial_rotary_factor"}

@@ -37,8 +37,9 @@ from daedal.checkpoint.bundles import (
     digest_taken,
 )
 from daedal.checkpoint.download import Progress, sha256_of, silent
+from daedal.checkpoint.index import INDEX
 from daedal.checkpoint.resemblance import Mixture, Original, Place
-from daedal.checkpoint.shards import INDEX, Shards
+from daedal.checkpoint.shards import Shards
 from daedal.checkpoint.sources import RECEIPT
 from daedal.checkpoint.staging import staged
 from daedal.checkpoint.step_codes import decode, encode

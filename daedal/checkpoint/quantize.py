@@ -24,9 +24,10 @@ from daedal.checkpoint.contents import Contents
 from daedal.checkpoint.conversion import Converted, convert
 from daedal.checkpoint.packed_files import FOLDER, WEIGHTS_FILE
 from daedal.checkpoint.repacking import Slab
+from daedal.checkpoint.rewriting import check_destination, small_files
 from daedal.checkpoint.sensitivity import sensitivity
-from daedal.checkpoint.shards import INDEX, Shards
-from daedal.checkpoint.writing import SHARD_BYTES, STAGING, Planned, publish, published_config, write_checkpoint
+from daedal.checkpoint.shards import Shards
+from daedal.checkpoint.writing import SHARD_BYTES, Planned, publish, published_config, write_checkpoint
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError, ConfigError
 from daedal.layouts import Piece
@@ -41,7 +42,6 @@ _QUANTIZATION: Mapping[str, Any] = MappingProxyType(
     {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 )
 _EXCEPTIONS = "modules_to_not_convert"
-_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def quantize(
     if keep and calibration is None:
         raise ConfigError(f"the share to keep is {keep:g}: only a calibration text tells which matrices, give one")
     chosen = layouts.choose(config, None if packed else layout)
-    _check_destination(source, destination)
+    check_destination(source, destination)
     if (weights := packing.carried(source)) is not None:
         raise CheckpointError(f"{source} is packed as {weights} already: quantise the original checkpoint")
     shards = Shards(source)
@@ -131,7 +131,7 @@ def quantize(
         aim = replace(aim, exact=told.spared(config, given.formats, keep))
         given = replace(aim.calibration(given.windows, contents), outputs=told.outputs)
         contents = Calibrated(shards, config, slots, given, drafting=drafts, noted=tally.note_calibrated)
-    before, others = sum((source / file).stat().st_size for file in set(shards.files.values())), _small_files(source)
+    before, others = sum((source / file).stat().st_size for file in set(shards.files.values())), small_files(source)
     if packed:
         identity = {"weights": to, "drafting": drafts, "exact": sorted(aim.exact)}
         write = partial(packing.write_folder, aim.planned(), contents, identity, progress, tally.note_packed)
@@ -351,29 +351,3 @@ def _excepting(target: ModelConfig, exact: Collection[str]) -> ModelConfig:
     named = [f"model.{name.removesuffix('.weight')}" for name in sorted(exact)]
     given = target.quantization_config.get(_EXCEPTIONS) or []
     return target.replace(quantization_config={**target.quantization_config, _EXCEPTIONS: [*given, *named]})
-
-
-def _check_destination(source: Path, destination: Path) -> None:
-    if destination.resolve() == source.resolve():
-        raise CheckpointError(f"source and destination are both {destination}: give another destination")
-    if source.resolve() in destination.resolve().parents:
-        raise CheckpointError(f"{destination} lies inside {source}: give a destination elsewhere")
-    if destination.exists() and not destination.is_dir():
-        raise CheckpointError(f"{destination} is a file: give a directory that is empty or does not exist yet")
-    held = {path.name for path in destination.iterdir()} if destination.is_dir() else set()
-    if held - {STAGING} and "config.json" not in held:
-        raise CheckpointError(f"{destination} holds files that are no checkpoint: give an empty or new directory")
-
-
-def _small_files(source: Path) -> dict[str, Path]:
-    """The files beside the weights, such as a tokenizer's, by name; of directories only `encoding`, which tells V4's
-    chat formats apart. Hidden files are left where they are, and records of where the source's own weights came from:
-    they would not be true of these.
-    """
-    made_anew = ("config.json", INDEX, "provenance.json", "bom.json")
-    return {
-        path.relative_to(source).as_posix(): path
-        for path in sorted((*source.iterdir(), *source.glob("encoding/*")))
-        if path.is_file() and not path.name.startswith(".") and path.name not in made_anew
-        if path.suffix not in _WEIGHTS and not path.name.endswith(".index.json")
-    }

@@ -5,7 +5,6 @@ The library checks that a header fits its file: sizes, overlaps, gaps, dtypes. W
 but no file holds, is said with the file's name. Knows nothing of models.
 """
 
-import json
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,10 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from daedal.checkpoint.index import INDEX, SINGLE, promised
 from daedal.errors import CheckpointError
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPES = MappingProxyType(
@@ -44,8 +41,8 @@ class Shards:
         self.directory = directory
         self._open: dict[str, Any] = {}
         self.files: dict[str, str] = {}
-        promised = _promised(directory)
-        for file in sorted(set(promised.values())) if promised else [SINGLE]:
+        expected = promised(directory)
+        for file in sorted(set(expected.values())) or [SINGLE]:
             handle = _open(directory / file)
             self._open[file] = handle
             for name in _names(handle):
@@ -53,7 +50,7 @@ class Shards:
                     message = f"tensor {name} is in {self.files[name]} and in {file}: fetch the checkpoint again"
                     raise CheckpointError(f"{directory}: {message}")
                 self.files[name] = file
-        for name, file in promised.items():
+        for name, file in expected.items():
             if self.files.get(name) != file:
                 message = f"{INDEX} promises {name} in {file}, which does not hold it: fetch the checkpoint again"
                 raise CheckpointError(f"{directory}: {message}")
@@ -82,27 +79,6 @@ class Shards:
             message = f"tensor {name} in {self.directory / file} cannot be read ({error}): fetch the file again"
             raise CheckpointError(message) from error
         return tensor
-
-
-def _promised(directory: Path) -> MappingProxyType[str, str]:
-    """Tensor name to file, from the index; empty for a checkpoint of one file."""
-    path = directory / INDEX
-    if not path.exists():
-        if not (directory / SINGLE).exists():
-            message = f"{directory} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights"
-            raise CheckpointError(message)
-        return MappingProxyType({})
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(file, str) and Path(file).name == file for file in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index ({error!r}): fetch the file again") from error
-    if not plain or not weight_map:
-        raise CheckpointError(f"{path} must map tensor names to plain file names: fetch the file again")
-    for file in sorted(set(weight_map.values())):
-        if not (directory / file).exists():
-            raise CheckpointError(f"{directory} lacks {file}, which {INDEX} names: fetch the missing shard")
-    return MappingProxyType(dict(weight_map))
 
 
 def _names(handle: Any) -> list[str]:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from daedal.checkpoint.index import INDEX, SINGLE
 from daedal.checkpoint.packed_files import FOLDER
-from daedal.checkpoint.shards import INDEX, SINGLE
 from daedal.checkpoint.staging import sync
 from daedal.config import ModelConfig
 from daedal.errors import CheckpointError

@@ -19,6 +19,7 @@ from daedal.cli import (
     cost,
     distill,
     doctor,
+    export,
     grounding,
     provenance,
     pull,
@@ -44,6 +45,7 @@ app.command(name="chat")(chat.command)
 app.command(name="batch")(batch.command)
 app.command(name="pull")(pull.command)
 app.command(name="quantize")(quantize.command)
+app.command(name="export")(export.command)
 app.command(name="train")(train.command)
 app.command(name="convert")(convert.command)
 app.command(name="distill")(distill.command)

@@ -1,0 +1,1 @@
+"""Other frameworks that run the same checkpoints: what is written for them, and their runners."""
