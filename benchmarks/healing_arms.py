@@ -60,6 +60,7 @@ def main() -> None:
             text=asked.text,
             settings=settings,
             measured=partial(show, console, name),
+            shards=asked.out / f"text-{settings.longest}-{settings.validation:g}",
         )
     report(found, console)
 

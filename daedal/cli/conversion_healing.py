@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from daedal.train.loop import StepReport
 
 HEALED, TEXT = "healed", "text"
+EXPERT_ROLES = ("router", "routed_expert", "shared_expert")  # what lost neurons: attention alone cannot make up for it
 
 
 def check_permission(wishes: "Wishes") -> None:
@@ -42,7 +43,7 @@ def document_conversion(
     assert quality is not None
     described = Provenance(
         name=wishes.destination.name,
-        parent=Model.of(wishes.source),
+        parent=Model.of(wishes.parent),
         data=[Data.of(path, role="calibration", licence=licence) for path, licence in licences.items()],
         stages=[report.record() for report in reports],
         metrics={"perplexity ratio": quality.ratio, "divergence": quality.divergence},
@@ -51,7 +52,7 @@ def document_conversion(
             "What is lost beyond text like the held-out files was not measured here.",
         ),
     )
-    document(checkpoint, described, parent=wishes.source)
+    document(checkpoint, described, parent=wishes.parent)
 
 
 def heal_converted(
@@ -68,6 +69,7 @@ def heal_converted(
     _describe_parts(learnt, tuple(licences.values()))
     settings = Healing(
         minutes=wishes.minutes,
+        trained=(*Healing.trained, *(EXPERT_ROLES if wishes.experts else ())),
         held_out=tuple(measured),
         evaluate_context=wishes.window,
         evaluate_tokens=wishes.held_out,

@@ -18,6 +18,7 @@ from rich.console import Console
 from daedal.cli.conversion_table import describe, table
 from daedal.cli.fetching import FetchDisplay, displayed, resolve_shown
 from daedal.cli.opening import say
+from daedal.errors import ConfigError
 
 if TYPE_CHECKING:
     from daedal.convert.report import StageReport
@@ -32,16 +33,27 @@ PermissionOption = Annotated[
         metavar="WHO: WORDS", help="What permits learning from SRC, where its licence does not say; goes on record."
     ),
 ]
+StudentOption = Annotated[
+    str,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="A latent form of SRC, healed perhaps, that gets experts; it has its --kv-dims already.",
+    ),
+]
 RESULT = "conversion.json"
 OWN_TEXT = "own.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """Of the command line. texts: files; none stands for what the model itself writes. rope_dims: 0 is not given."""
+    """Of the command line. texts: files; none stands for what the model itself writes. student: None of a conversion
+    that makes one, which kv_dims and rope_dims describe.
+    """
 
     source_name: str
     source: Path
+    student_name: str
+    student: Path | None
     destination: Path
     kv_dims: int
     rope_dims: int
@@ -58,9 +70,25 @@ class Wishes:
     permission: str
     json_line: bool
 
+    def __post_init__(self) -> None:
+        if (self.kv_dims > 0) == bool(self.student_name) or (self.rope_dims and self.student_name):
+            raise ConfigError(
+                f"--kv-dims is {self.kv_dims}, --rope-dims {self.rope_dims}, --student {self.student_name!r}: give the "
+                "widths of a cache that is to be made, or a student, which has its own"
+            )
+
+    @property
+    def parent(self) -> Path:
+        """What the weights of the result were."""
+        return self.student or self.source
+
     def command(self, stage: str) -> str:
         """The command line that ends with this stage."""
-        words = [self.source_name, self.destination, "--kv-dims", self.kv_dims, "--rope-dims", self.rope_dims]
+        words: list[object] = [self.source_name, self.destination]
+        if self.student_name:
+            words += ["--student", self.student_name]
+        else:
+            words += ["--kv-dims", self.kv_dims, "--rope-dims", self.rope_dims]
         if self.experts:
             words += ["--experts", self.experts, "--active", self.active, "--dense-layers", self.dense_layers]
         if self.method != "fisher":
@@ -75,10 +103,11 @@ class Wishes:
 def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A dense Llama or Qwen2 checkpoint, or a name.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A new or empty directory, or a checkpoint to replace.")],
-    kv_dims: Annotated[int, typer.Option(help="Numbers that the cache keeps for each token and layer.")],
+    kv_dims: Annotated[int, typer.Option(help="Numbers that the cache keeps for each token and layer.")] = 0,
     rope_dims: Annotated[
         int, typer.Option(help="Of these rotated: as many as a head has, a half or a quarter.", show_default="chosen")
     ] = 0,
+    student: StudentOption = "",
     experts: Annotated[int, typer.Option(min=0, help="Shards of each feed-forward part; 0 leaves it dense.")] = 0,
     active: Annotated[float, typer.Option(min=0, max=1, help="Share of all neurons that a token meets.")] = 0.75,
     dense_layers: Annotated[
@@ -108,6 +137,8 @@ def command(
     wishes = Wishes(
         source_name=src,
         source=source,
+        student_name=student,
+        student=resolve_shown(student) if student else None,
         destination=dst,
         kv_dims=kv_dims,
         rope_dims=rope_dims or _rope_dims(source, kv_dims),
@@ -151,7 +182,15 @@ def _convert(wishes: Wishes, display: FetchDisplay) -> "list[StageReport]":
         held_out_tokens=wishes.held_out,
         window=wishes.window,
     )
-    conversion = Conversion(wishes.source, wishes.destination, settings, texts, command=wishes.command, watch=display)
+    conversion = Conversion(
+        wishes.source,
+        wishes.destination,
+        settings,
+        texts,
+        student=wishes.student,
+        command=wishes.command,
+        watch=display,
+    )
     if (known := _known(conversion, wishes)) is not None:
         say(f"{wishes.destination} is this conversion already")
         return known
@@ -191,12 +230,15 @@ def _known(conversion: "Conversion", wishes: Wishes) -> "list[StageReport] | Non
 
 
 def _settings(wishes: Wishes) -> "Settings":
+    from daedal.config import ModelConfig
     from daedal.convert.experts import ExpertSettings
     from daedal.convert.settings import Settings
 
     experts = None
     if wishes.experts:
         experts = ExpertSettings.of_share(wishes.experts, wishes.active, dense_layers=wishes.dense_layers)
+    if wishes.student is not None:
+        return Settings.of_student(ModelConfig.read(wishes.student), ModelConfig.read(wishes.source), experts)
     return Settings(
         kv_dims=wishes.kv_dims,
         rope_dims=wishes.rope_dims,
@@ -209,6 +251,8 @@ def _rope_dims(source: Path, kv_dims: int) -> int:
     """As many as a head has where that is a quarter of all at most, else a half of it (docs/conversion.md)."""
     from daedal.config import ModelConfig
 
+    if not kv_dims:
+        return 0
     head_dim = ModelConfig.read(source).head_dim
     return head_dim if 4 * head_dim <= kv_dims else head_dim // 2
 

@@ -1,6 +1,7 @@
 """The stages that deal feed-forward parts out to experts: split, all of them active; router, fewer of them.
 
-Both start from the checkpoint with latent attention and dense feed-forward parts. How, `expert_layers` knows.
+Both start from a checkpoint with latent attention and dense feed-forward parts: that of the stage norm, or a student
+that came along, healed perhaps. How, `expert_layers` knows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,10 +42,12 @@ def split(scene: Scene, directory: Path) -> Outcome:
 def router(scene: Scene, directory: Path) -> Outcome:
     """Fewer experts for each token, chosen by an analytic router."""
     settings, windows, model = _settings(scene), scene.texts.calibration, _latent(scene)
+    # Healing leads what lies between the layers away from the original's, so a student is its own measure there.
+    dense = scene.model if scene.student is None else model
     weighed = windows[:_METRIC_WINDOWS]  # texts take turns in them
     told = scene.counting("weighing errors", sum(len(ids_T) for ids_T in weighed))
-    metrics = output_metrics(scene.model, weighed, seed=scene.settings.seed, watch=told)
-    layers = list(_told(scene, routed_layers(model, windows, metrics, settings, teacher=scene.model)))
+    metrics = output_metrics(dense, weighed, seed=scene.settings.seed, watch=told)
+    layers = list(_told(scene, routed_layers(model, windows, metrics, settings, teacher=dense)))
     made = with_experts(model, settings, layers)
     reports = [layer.report for layer in layers if layer.report is not None]
     return write_stock(scene, directory, made.config, made.state_dict()), _shares(reports)
@@ -57,7 +60,7 @@ def _settings(scene: Scene) -> ExpertSettings:
 
 
 def _latent(scene: Scene) -> Transformer:
-    return load(scene.work / NORM / CHECKPOINT, device="cpu", dtype=torch.float32)
+    return load(scene.student or scene.work / NORM / CHECKPOINT, device="cpu", dtype=torch.float32)
 
 
 def _told(scene: Scene, layers: Iterable[ConvertedLayer]) -> Iterator[ConvertedLayer]:

@@ -29,9 +29,12 @@ _SUMS = "sums.bin"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scene:
-    """source: the dense checkpoint. watch: told (what, done, in all)."""
+    """source: the dense checkpoint. student: a latent form of it, which gets experts; None of a conversion that makes
+    one. watch: told (what, done, in all).
+    """
 
     source: Path
+    student: Path | None
     settings: Settings
     texts: Texts
     work: Work

@@ -40,6 +40,20 @@ class Settings:
                 "dims or fewer rope dims"
             )
 
+    @classmethod
+    def of_student(cls, student: ModelConfig, source: ModelConfig, experts: ExpertSettings | None) -> "Settings":
+        """Those of a latent form of `source` that is to get experts. ConfigError where it is none."""
+        if student.kv_lora_rank is None or "sparse" in student.mlp_layer_types:
+            raise ConfigError(
+                f"the student is {student.model_type} and has {student.mlp_layer_types.count('sparse')} layers of "
+                "experts: it must have latent attention and none, as `daedal convert` without --experts makes it"
+            )
+        for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+            mine, its = getattr(student, name), getattr(source, name)
+            if mine != its:
+                raise ConfigError(f"`{name}` of the student is {mine}, of the source {its}: name what it was made of")
+        return cls(kv_dims=student.kv_lora_rank + student.rope_dim, rope_dims=student.rope_dim, experts=experts)
+
     @property
     def latent(self) -> int:
         """Channels of the latent, the constant one included."""

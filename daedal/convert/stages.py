@@ -49,6 +49,7 @@ _MAKERS: Mapping[str, Callable[[Scene, Path], Outcome]] = MappingProxyType(
 class Conversion:
     """One conversion of `source` into `destination`. CheckpointError or ConfigError where it cannot be, before work.
 
+    student: a latent form of `source`, healed perhaps: its attention stays as it is, and only experts are made.
     command: the command line that gives a stage again, of its name. watch: told (what, done, in all).
     """
 
@@ -59,14 +60,16 @@ class Conversion:
         settings: Settings,
         texts: Texts,
         *,
+        student: Path | None = None,
         command: Callable[[str], str],
         watch: Watch = lambda what, done, total: None,
     ):
         settings.check(ModelConfig.read(source))
-        check_places(source, destination)
-        self.settings = settings
-        self.stages = tuple(stage for stage in STAGES if settings.experts is not None or stage not in (SPLIT, ROUTER))
-        self.identity = _identity(source, settings, texts)
+        for place in (source, *([] if student is None else [student])):
+            check_places(place, destination)
+        self.settings, self._student = settings, student
+        self.stages = _stages(settings, student)
+        self.identity = _identity(source, settings, texts, student)
         self._source, self._destination, self._texts = source, destination, texts
         self._command, self._watch = command, watch
 
@@ -76,7 +79,14 @@ class Conversion:
 
     @cached_property
     def _scene(self) -> Scene:
-        return Scene(source=self._source, settings=self.settings, texts=self._texts, work=self.work, watch=self._watch)
+        return Scene(
+            source=self._source,
+            student=self._student,
+            settings=self.settings,
+            texts=self._texts,
+            work=self.work,
+            watch=self._watch,
+        )
 
     def run(self, last: str) -> Iterator[StageReport]:
         """A report for each stage up to `last`, or up to healing, done now or before."""
@@ -153,17 +163,33 @@ def check_places(source: Path, destination: Path) -> None:
         raise CheckpointError(f"{destination} holds files that are no checkpoint: give an empty or new directory")
 
 
-def _identity(source: Path, settings: Settings, texts: Texts) -> dict[str, Any]:
-    files = sorted((*source.glob("*.safetensors"), source / "config.json"))
+def _stages(settings: Settings, student: Path | None) -> tuple[str, ...]:
+    """Of STAGES those that such a conversion has."""
+    if student is None:
+        return tuple(stage for stage in STAGES if settings.experts is not None or stage not in (SPLIT, ROUTER))
+    if settings.experts is None:
+        raise ConfigError(f"no experts were asked for, and {student} is latent already: give their number")
+    return SPLIT, ROUTER, HEAL
+
+
+def _files(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of what decides a checkpoint's function."""
+    paths = sorted((*checkpoint.glob("*.safetensors"), checkpoint / "config.json"))
+    return {path.name: sha256_of(path) for path in paths}
+
+
+def _identity(source: Path, settings: Settings, texts: Texts, student: Path | None) -> dict[str, Any]:
     windows = {
         "calibration": [len(ids_T) for ids_T in texts.calibration],
         "held_out": {name: [len(ids_T) for ids_T in given] for name, given in texts.held_out.items()},
     }
     identity = {
-        "source": {path.name: sha256_of(path) for path in files},
+        "source": _files(source),
         "settings": asdict(settings),
         "texts": dict(texts.digests),
         "windows of text": windows,
     }
+    if student is not None:
+        identity["student"] = _files(student)
     found: dict[str, Any] = json.loads(json.dumps(identity))
     return found

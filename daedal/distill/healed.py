@@ -78,6 +78,11 @@ class Healing:
     def budget(self) -> Budget:
         return Budget(minutes=self.minutes, tokens=self.tokens)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window that is learnt from."""
+        return max(self.context, self.long_context or 0)
+
     def record(self) -> dict[str, Any]:
         """As JSON, without what changes nothing of the result."""
         plain = asdict(self) | {"held_out": [path.name for path in self.held_out]}

@@ -52,14 +52,16 @@ def heal(
     measured: Callable[[Point], None] = lambda point: None,
     said: Callable[[str, int, int], None] = lambda what, done, total: None,
     save_every: float = 300.0,
+    shards: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Healed:
     """Writes to `destination` the student of `student`, healed by the teacher of `teacher` on files of real text.
 
     text: each file has an equal share; all of it may be learnt from, but for what is held out as the settings say.
     watch: called after each step. measured: with each point of the curve after the first. said: with what is being
-    prepared, and how far. save_every: seconds between checkpoints. Raises PermissionRefused where the original may not
-    be learnt from, TeacherError where it does not fit the student, ConfigError where `destination` holds another.
+    prepared, and how far. save_every: seconds between checkpoints. shards: where the tokenised text lies, for other
+    runs on it too; None is a place of this run's own. Raises PermissionRefused where the original may not be learnt
+    from, TeacherError where it does not fit the student, ConfigError where `destination` holds another.
     """
     known, parent = provenance.Model.of(teacher), provenance.Model.of(student)
     verdict = known.verdict(student=settings.name or destination.name, permission=settings.permission).require()
@@ -69,7 +71,7 @@ def heal(
         return done
     keep_freed_memory()
     work = destination.with_name(destination.name + WORK)
-    data = _data(student, text, work, settings, said)
+    data = _data(student, text, work, settings, said, shards or work)
     narrow = settings.precision == "bfloat16"
     scorer = LocalTeacher(teacher, narrow=narrow, device=device)
     biases = settings.bias_speed > 0
@@ -153,9 +155,10 @@ def _data(
     work: Path,
     settings: Healing,
     said: Callable[[str, int, int], None],
+    shards: Path,
 ) -> _Data:
     validation = 0.0 if settings.held_out else settings.validation
-    texts = open_texts(text, student, work, validation=validation, progress=said)
+    texts = open_texts(text, student, shards, validation=validation, window=settings.longest, progress=said)
     if settings.held_out:
         others = open_texts(settings.held_out, student, work / "held-out", progress=said)
         held = {one.name: one.train for one in others}

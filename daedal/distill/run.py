@@ -126,7 +126,15 @@ class Run:
         paths = [Path(one.path) for one in recipe.readings]
         validation = 0.0 if recipe.held_out else recipe.validation
         shards = self.directory / "shards"
-        return open_texts(paths, self._source, shards, column=recipe.column, validation=validation, progress=said)
+        return open_texts(
+            paths,
+            self._source,
+            shards,
+            column=recipe.column,
+            validation=validation,
+            window=recipe.context,
+            progress=said,
+        )
 
     def _held_out_windows(self, said: Progress) -> Mapping[str, Sequence[Any]]:
         recipe = self.recipe

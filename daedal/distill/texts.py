@@ -20,6 +20,8 @@ from daedal.train.shards import prepare
 
 SHORT_DOCUMENT = 2**12
 """Characters of the documents that a text is cut into where a part of it is held out: small, so that there are many."""
+LONG_DOCUMENT = 16
+"""Characters for each token of a window: four windows of English lie in a document, three of them whole."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,19 +44,21 @@ def open_texts(
     *,
     column: str = "text",
     validation: float = 0.0,
+    window: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Text]:
     """Each path's text as a dataset below `directory`, made now unless it is there already.
 
     tokenizer: a directory with tokenizer.json. column: of the text, in JSON lines and Parquet. validation: the share of
-    documents that is held out. progress: told what is tokenised and how far. DataError says what is wrong with a file.
+    documents that is held out. window: tokens of the longest window that is to be read: none reads across the end of a
+    document. progress: told what is tokenised and how far. DataError says what is wrong with a file.
     """
     if not paths:
         raise ConfigError("no text is named: name files or directories of real text")
     found: list[Text] = []
     for name, path in named(paths).items():
         place = directory / f"shards-{len(found):02d}"
-        chars = SHORT_DOCUMENT if validation else Source.document_chars
+        chars = max(SHORT_DOCUMENT if validation else Source.document_chars, LONG_DOCUMENT * window)
         manifest = prepare(
             [Source(path=path, document_chars=chars)],
             tokenizer,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from daedal.checkpoint.load import load
 from daedal.cli import app
@@ -88,6 +90,37 @@ def test_the_first_layers_stay_dense(given: list[str], tmp_path: Path, capsys: p
     assert "--dense-layers 1" in str(_stages(capsys.readouterr().out)["split"]["command"])
     published = json.loads((tmp_path / "made" / "config.json").read_text())
     assert (published["first_k_dense_replace"], published["intermediate_size"]) == (1, 72)
+
+
+def test_a_healed_student_gets_experts(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its attention stays; all is measured against the dense original, which is also the teacher."""
+    assert app.run([*given, *PERMITTED, "--heal-minutes", "0.02", "--json"]) == 0
+    healed = _stages(capsys.readouterr().out)["heal"]
+    student, routed = tmp_path / "made", tmp_path / "routed"
+    asked = [*given[:2], str(routed), *given[3:5], *SMALL[4:], "--student", str(student), "--experts", "4", *PERMITTED]
+    assert app.run([*asked, "--active", "0.75", "--stop-after", "router", "--json"]) == 0
+    captured = capsys.readouterr()
+    stages = _stages(captured.out)
+    assert list(stages) == ["split", "router"]
+    assert f"--student {student} --experts 4" in str(stages["split"]["command"])
+    ratio = healed["quality"]["ratio"]  # type: ignore[index]
+    assert stages["split"]["quality"]["ratio"] == pytest.approx(ratio, rel=1e-4)  # type: ignore[index]
+    before, after = (load_file(path / "model.safetensors") for path in (student, routed))
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+    assert any(name.endswith("mlp.experts.0.gate_proj.weight") for name in after)
+    assert verify(routed)["parent"]["name"] == "made"
+    assert app.run([*asked, "--active", "0.75", "--heal-minutes", "0.02", "--json"]) == 0
+    capsys.readouterr()
+    healed_now = load_file(routed / "model.safetensors")
+    moved = {name for name in after if not torch.equal(after[name], healed_now[name])}
+    assert {"model.layers.1.mlp.experts.0.gate_proj.weight", "model.layers.1.mlp.shared_experts.up_proj.weight"} < moved
+    for more, sentence in (
+        (["--kv-dims", "20"], "give the widths of a cache that is to be made, or a student"),
+        (["--experts", "0"], "is latent already: give their number"),
+        (["--student", str(routed)], "has 2 layers of experts: it must have"),
+    ):
+        assert app.run([*asked[:2], str(tmp_path / "other"), *asked[3:], *more]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_without_text_the_model_writes_its_own(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from daedal.checkpoint.load import load
 from daedal.convert import stages
@@ -89,6 +90,34 @@ def test_dense_feed_forward_parts_are_stock_too(tmp_path: Path, source: Path, te
     assert checkpoint is not None
     _agrees_with_transformers(checkpoint)
     assert Tokenizer.load(checkpoint).encode("a wife") == Tokenizer.load(source).encode("a wife")
+
+
+def test_experts_of_a_student_are_fitted_to_the_student(tmp_path: Path, source: Path, texts: Texts) -> None:
+    """Its residual stream need not be the original's: twice as large it is the same function, with equal experts."""
+    latent = small_conversion(source, tmp_path / "a", texts, Settings(kv_dims=20, rope_dims=8))
+    list(latent.run("norm"))
+    student = latent.checkpoint("norm")
+    assert student is not None
+    settings = Settings.of_student(load(student).config, load(source).config, SETTINGS.experts)
+    ratios = []
+    for name, given in (("plain", student), ("doubled", _doubled(student, tmp_path / "doubled"))):
+        conversion = Conversion(
+            source, tmp_path / f"from_{name}", settings, texts, student=given, command=lambda stage: stage
+        )
+        reports = list(conversion.run(ROUTER))
+        assert [report.stage for report in reports] == ["split", ROUTER]
+        ratios.append([report.quality.ratio for report in reports if report.quality is not None])
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-2)
+
+
+def _doubled(student: Path, target: Path) -> Path:
+    shutil.copytree(student, target)
+    tensors = load_file(student / "model.safetensors")
+    larger = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    for name, tensor in tensors.items():
+        tensor *= 2.0 if name.endswith(larger) else 0.5 if name == "model.norm.weight" else 1.0
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, source: Path, texts: Texts) -> None:

@@ -15,9 +15,11 @@ from daedal.checkpoint.save import save
 from daedal.distill.errors import TeacherError
 from daedal.distill.healed import RECEIPT, WORK
 from daedal.distill.healing import Healing, heal
+from daedal.distill.mixture import Windows
 from daedal.distill.permission import Permission, PermissionRefused
 from daedal.distill.provenance import verify
 from daedal.distill.student import Student
+from daedal.distill.texts import open_texts
 from daedal.errors import ConfigError
 from tests.tiny import tiny_checkpoint
 
@@ -110,9 +112,10 @@ class KilledError(Exception):
 
 def test_a_killed_healing_goes_on_where_it_was(models: tuple[Path, Path], text: list[Path], tmp_path: Path) -> None:
     student, teacher = models
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, shards = tmp_path / "whole", tmp_path / "parts", tmp_path / "shards"
     few = settings(tokens=4_000, evaluations=2)
-    wanted = heal(student, teacher, whole, text=text, settings=few)
+    wanted = heal(student, teacher, whole, text=text, settings=few, shards=shards)
+    assert len(list(shards.glob("shards-*"))) == len(text)
 
     def killing(report: Any) -> None:
         if report.step == 9:
@@ -124,7 +127,9 @@ def test_a_killed_healing_goes_on_where_it_was(models: tuple[Path, Path], text: 
     with pytest.raises(ConfigError, match="holds a run with another settings"):
         heal(student, teacher, parts, text=text, settings=settings(tokens=4_000, evaluations=2, share=0.5))
     steps: list[int] = []
-    found = heal(student, teacher, parts, text=text, settings=few, watch=lambda report: steps.append(report.step))
+    found = heal(
+        student, teacher, parts, text=text, settings=few, watch=lambda report: steps.append(report.step), shards=shards
+    )
     assert steps[0] in (9, 10)
     assert found.after == wanted.after
     tensors = [load_file(path / "model.safetensors") for path in (whole, parts)]
@@ -144,6 +149,18 @@ def test_a_healthy_student_is_left_alone(
     assert healed.before["kl"] == pytest.approx(0.0, abs=near)
     assert healed.after["ratio"] == pytest.approx(1.0, abs=near + 1e-4)
     assert {tensor.dtype for tensor in load_file(tmp_path / "same" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_long_window_is_one_context(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where a part of the text is held out, which cuts it into documents: no window reads across their ends."""
+    draw, path = random.Random(1), tmp_path / "novel.txt"
+    path.write_text("\n\n".join(" ".join(draw.choices(SENTENCE.split(), k=40)) for _ in range(2000)), encoding="utf-8")
+    window = settings(long_context=2048).longest
+    text = open_texts([path], models[0], tmp_path / "shards", validation=0.1, window=window)[0]
+    windows = Windows(text.train, name="novel", context=window, share=1.0, teacher=None)
+    whole = [len(windows.sample(index).pieces) == 1 for index in range(len(windows))]
+    assert len(whole) > 20
+    assert sum(whole) > 0.7 * len(whole)
 
 
 def test_who_may_not_be_learnt_from(models: tuple[Path, Path], text: list[Path], tmp_path: Path) -> None:
