@@ -60,7 +60,12 @@ def test_rates_are_amounts_over_seconds(quiet: Calibration) -> None:
     for rates in chip.by_rows.values():
         assert tuple(rates) == pieces.BY_ROWS
         assert rates[64] == pytest.approx(16 * rates[4])
-    assert chip.reached["bandwidth_by"] == {"bf16": pytest.approx(quiet.read["bfloat16"].per_second / chip.bandwidth)}
+    forms = {"bf16": "bf16" if "bf16" in quiet.read else "bfloat16", "int8": "int8", "w4": "int4", "fp8": "fp8"}
+    assert chip.reached["bandwidth_by"] == {
+        name: pytest.approx(quiet.read[form].per_second / chip.bandwidth)
+        for name, form in forms.items()
+        if form in quiet.read
+    }
     assert chip.reached["cache_by"].keys() == chip.reached["attention_by"].keys() == {"full", "latent", "compressed"}
     # Steps that all take as long leave nothing for layers, and so nothing is claimed of them.
     assert quiet.overheads.layer_seconds is None
