@@ -179,7 +179,8 @@ def test_a_reader_that_stops_is_left_and_nobody_waits_for_it(checkpoint: Path, m
     engine = ScriptedEngine(Tokenizer.load(checkpoint), lambda _: itertools.repeat(40), ids_per_step=500)
     with serving(scripted_service(checkpoint, engine), send_buffer=4096) as address:
         host, port = urlsplit(address).netloc.split(":")
-        body = json.dumps(LONG).encode()
+        # So long that it cannot be over before the reader is left, however busy the machine is.
+        body = json.dumps({**LONG, "max_tokens": 2**29}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
