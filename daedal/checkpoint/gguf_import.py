@@ -58,9 +58,16 @@ def import_gguf(path: Path, directory: Path, *, report: Report = lambda done, to
     tensors: dict[str, NDArray[numpy.float32]] = {}
     for done, tensor in enumerate(reader.tensors, start=1):
         name, kind = published_name(tensor.name)
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32, copy=False)
         num_heads = heads.get(kind)
-        tensors[name] = rotary_halves(weight, num_heads) if isinstance(num_heads, int) else weight
+        try:
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32, copy=False)
+            tensors[name] = rotary_halves(weight, num_heads) if isinstance(num_heads, int) else weight
+        # What numpy and gguf raise of a shape that its data or its heads do not fit, and of a type gguf cannot read.
+        except (ValueError, ZeroDivisionError, NotImplementedError) as error:
+            told = f"shape {tensor.shape.tolist()} and type {tensor.tensor_type.name}"
+            raise CheckpointError(
+                f"tensor {tensor.name!r} of {path} has {told}, which cannot be read ({error}): fetch the file again"
+            ) from error
         report(done, len(reader.tensors))
     try:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -100,6 +100,19 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
             import_gguf(source, tmp_path)
 
 
+def test_a_tensor_whose_shape_was_changed_is_refused(tmp_path: Path) -> None:
+    """Found by fuzzing: a dimension of 0 in what is packed."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    data = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_gate.weight"
+    dims = data.index(name) + len(name) + 4  # behind their number, which has four bytes
+    data[dims + 8 : dims + 16] = bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"'blk.0.ffn_gate.weight' of .* has shape .* cannot be read"):
+        import_gguf(path, tmp_path)
+
+
 def test_the_default_models_ids_equal_those_of_transformers(smollm2: Path) -> None:
     ours, theirs = Tokenizer.load(smollm2), AutoTokenizer.from_pretrained(smollm2)
     backend = theirs.backend_tokenizer
