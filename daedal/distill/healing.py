@@ -80,7 +80,7 @@ def heal(
     held_out = HeldOut.of(data.measured, scorer, device=device)
     training = Training(
         pupil,
-        _Steps(data.mixture, scorer, settings.samples),
+        _Steps(data.mixture, scorer, settings),
         Distilling(measure=Measure(gate=settings.gate)),
         budget=settings.budget,
         course=Course(rate=settings.rate, warmup=settings.warmup, floor=settings.floor),
@@ -138,15 +138,16 @@ class _Data:
 
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """Batches of step n, with the teacher's signal on them."""
+    """Batches of step n, with the teacher's signal on them if it has a share."""
 
     mixture: Mixture
     scorer: LocalTeacher
-    samples: int
+    settings: Healing
 
     def __call__(self, step: int) -> tuple[TaughtBatch, ...]:
-        batch = compose([self.mixture.sample(step * self.samples + index) for index in range(self.samples)])
-        return (replace(batch, signal=self.scorer.score(batch.inputs)),)
+        samples = self.settings.samples
+        batch = compose([self.mixture.sample(step * samples + index) for index in range(samples)])
+        return (replace(batch, signal=self.scorer.score(batch.inputs)) if self.settings.share > 0 else batch,)
 
 
 def _data(

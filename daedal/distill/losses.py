@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from daedal.distill.divergence import Divergence
-from daedal.distill.signals import Products, Scored, Signal
+from daedal.distill.mixed_rows import MixedRows
+from daedal.distill.signals import Products, Scored, Signal, Whole
 from daedal.ops.narrow_factors import narrow_factors
 from daedal.train.batches import IGNORED
 from daedal.train.bounds import number, whole
@@ -163,22 +164,44 @@ def _slopes(logits_tV: Tensor, signal: Scored, lesson: Lesson, measure: Measure)
 
 def _rows(logits_rV: Tensor, rows: slice, signal: Scored, lesson: Lesson, measure: Measure) -> Tensor:
     """As `_slopes`, of the rows of a chunk that these scores are of."""
+    if isinstance(signal, Whole) and measure.divergence == Divergence():
+        return _mixed(logits_rV, signal.logits_tV[rows], lesson, measure.gate)
     divergence, targets_r1 = measure.divergence, lesson.targets_T[:, None]
     student_rV = logits_rV.log_softmax(-1)
     warm_rV = student_rV
     if divergence.temperature != 1.0:
         warm_rV = (logits_rV / divergence.temperature).log_softmax(-1)
     compared = signal.compare(rows, warm_rV, lesson.targets_T, divergence)
-    share_r = lesson.shares_T
-    if measure.gate is not None:
-        open_r = torch.sigmoid((compared.true_r - measure.gate.threshold) / measure.gate.width)
-        share_r = torch.where(lesson.true_T, share_r * open_r, share_r)
-    rest_r = torch.where(lesson.true_T, 1 - share_r, 0.0)
+    share_r, rest_r = _shares(compared.true_r, lesson, measure.gate)
     nats_r = -student_rV.gather(1, targets_r1).squeeze(1)
-    loss_r = share_r * compared.nats_r + rest_r * nats_r
     weights_r = 1.0 if lesson.weights_T is None else lesson.weights_T
     pull_r1, push_r1 = (share_r * weights_r).unsqueeze(-1), (rest_r * weights_r).unsqueeze(-1)
     slope_rV = compared.slope_rV.mul_(pull_r1)
     torch.addcmul(slope_rV, student_rV.exp_(), push_r1, out=logits_rV)
     logits_rV.scatter_add_(1, targets_r1, -push_r1)
-    return torch.stack([(loss_r * weights_r).sum(), nats_r.sum(), compared.nats_r.sum(), share_r.sum()])
+    return _sums(nats_r, compared.nats_r, share_r, rest_r, weights_r)
+
+
+def _mixed(logits_rV: Tensor, teacher_rV: Tensor, lesson: Lesson, gate: Gate | None) -> Tensor:
+    """As `_rows`, for forward KL at temperature 1 from all of the teacher's scores, which are used up."""
+    compared = MixedRows(logits_rV, teacher_rV, lesson.targets_T)
+    share_r, rest_r = _shares(compared.true_r, lesson, gate)
+    weights_r = 1.0 if lesson.weights_T is None else lesson.weights_T
+    whole = lesson.weights_T is None and bool(lesson.true_T.all())
+    compared.slopes(share_r * weights_r, rest_r * weights_r, whole=whole)
+    return _sums(-compared.own_r, compared.nats_r, share_r, rest_r, weights_r)
+
+
+def _shares(true_r: Tensor, lesson: Lesson, gate: Gate | None) -> tuple[Tensor, Tensor]:
+    """Of the teacher, gate included, and of the true token. true_r: the target's log-probability by the teacher."""
+    share_r = lesson.shares_T
+    if gate is not None:
+        open_r = torch.sigmoid((true_r - gate.threshold) / gate.width)
+        share_r = torch.where(lesson.true_T, share_r * open_r, share_r)
+    return share_r, torch.where(lesson.true_T, 1 - share_r, 0.0)
+
+
+def _sums(nats_r: Tensor, divergence_r: Tensor, share_r: Tensor, rest_r: Tensor, weights_r: Tensor | float) -> Tensor:
+    """Total, nats, divergence and share, as `_slopes` gives them."""
+    loss_r = share_r * divergence_r + rest_r * nats_r
+    return torch.stack([(loss_r * weights_r).sum(), nats_r.sum(), divergence_r.sum(), share_r.sum()])

@@ -106,6 +106,15 @@ def test_a_spoilt_student_comes_back(models: tuple[Path, Path], text: list[Path]
         heal(student, teacher, tmp_path / "healed", text=text, settings=settings(rate=1e-3))
 
 
+def test_an_original_without_a_share_is_not_asked(models: tuple[Path, Path], text: list[Path], tmp_path: Path) -> None:
+    reports: list[Any] = []
+    few = settings(tokens=600, evaluations=1, share=0.0)
+    healed = heal(*models, tmp_path / "text-alone", text=text, settings=few, watch=reports.append)
+    assert len(reports) > 1
+    assert all(report.parts["divergence"] == report.parts["teacher_share"] == 0.0 for report in reports)
+    assert healed.after["kl"] > 0.0
+
+
 class KilledError(Exception):
     pass
 

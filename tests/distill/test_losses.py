@@ -92,6 +92,28 @@ def test_value_and_gradients(divergence: Divergence, gate: Gate | None, chunk: i
     torch.testing.assert_close(torch.autograd.grad(3.0 * found.total, (hidden_TD, head_VD)), wanted_grads)
 
 
+@pytest.mark.parametrize("chunk", [5, 1000])
+@pytest.mark.parametrize("gate", [None, Gate(threshold=-3.0, width=0.5)])
+def test_true_text_alone_takes_the_shortest_way(gate: Gate | None, chunk: int) -> None:
+    """All targets true and none weighted, as in healing: a pass fewer, and the same."""
+    hidden_TD, head_VD = student()
+    some = lesson()
+    plain = Lesson(targets_T=some.targets_T, shares_T=some.shares_T, true_T=torch.ones(TOKENS).bool())
+    ones = Lesson(
+        targets_T=plain.targets_T,
+        shares_T=plain.shares_T,
+        true_T=plain.true_T,
+        weights_T=torch.ones(TOKENS, dtype=torch.float64),
+    )
+    measure = Measure(gate=gate, chunk=chunk)
+    wanted = total_by_hand(hidden_TD, head_VD, hidden(), ones, measure)
+    wanted_grads = torch.autograd.grad(wanted, (hidden_TD, head_VD))
+    for given in (plain, ones):
+        found = teach(hidden_TD, head_VD, hidden(), given, measure)
+        torch.testing.assert_close(found.total, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found.total, (hidden_TD, head_VD)), wanted_grads)
+
+
 def test_golden_values() -> None:
     """Two tokens, p = (1/2, 1/4, 1/4) and q = (1/4, 1/4, 1/2): each divergence is a number that paper gives."""
     p, q = torch.tensor([[0.5, 0.25, 0.25]]).double(), torch.tensor([[0.25, 0.25, 0.5]]).double()
