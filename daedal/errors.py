@@ -47,3 +47,7 @@ class CapacityError(RequestError):
 
 class OverloadError(DaedalError):
     """The engine's queue is full; the same request may succeed later."""
+
+
+class DeadlineError(OverloadError):
+    """A request cannot be answered in the time that it has; later, or with more time, it may."""

@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     "__init__",
 )
 APART = {"mindspore"}  # has an environment of its own, which no extra can make (decision 041)
+SHARED = {"opentelemetry"}  # names under which several packages put their parts
 BRINGS_TORCH = {"torch", "triton", "transformers", "accelerate", "safetensors.torch"}
 
 EMPTY_NAMES = {"utils", "helpers", "common", "base", "manager", "misc"}
@@ -128,7 +129,8 @@ def declared_packages(path: Path) -> set[str]:
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     extras = project.get("optional-dependencies", {})
     requirements = [*project["dependencies"], *(item for name in extras if name != "dev" for item in extras[name])]
-    return {re.split(r"[^\w.-]", item, maxsplit=1)[0].lower().replace("-", "_") for item in requirements}
+    names = {re.split(r"[^\w.-]", item, maxsplit=1)[0].lower().replace("-", "_") for item in requirements}
+    return names | {shared for shared in SHARED for name in names if name.startswith(f"{shared}_")}
 
 
 def _undeclared(source: Source, declared: set[str]) -> Iterator[Breach]:

@@ -77,16 +77,23 @@ class Contents:
         self._places = {slot.name: layouts.places(slot) for slot in slots}
         self._check_leftovers(drafting=drafting)
 
-    def read(self, slot: Slot, dtype: torch.dtype) -> Tensor:
-        """A whole slot on the CPU in `dtype`, a hash table in int64; mapped where it needs no conversion."""
+    def read(self, slot: Slot, dtype: torch.dtype, part: tuple[slice, ...] = ()) -> Tensor:
+        """A slot on the CPU in `dtype`, a hash table in int64; mapped where it needs no conversion. part: a slice for
+        each of the first axes, of which alone it is wanted; of a quantised matrix all is read.
+        """
         first = self._found[slot.name][0]
         if slot.role == "hash_table":
             return self._ids(first.name)
         if first.scale is None and first.shape == slot.shape:
-            return self._shards.read(first.name).to(dtype)
-        filled = torch.empty(slot.shape, dtype=dtype)
-        for part, place in enumerate(self._places[slot.name]):
-            filled[place] = self.stored(slot, part).values()
+            return self._shards.read(first.name, part).to(dtype)
+        if slot.role != "routed_expert":
+            return self.stored(slot, 0).values()[part].to(dtype)
+        (experts,) = part or (slice(0, slot.shape[0]),)
+        filled = torch.empty((experts.stop - experts.start, *slot.shape[1:]), dtype=dtype)
+        for number, (expert, *rows) in enumerate(self._places[slot.name]):
+            assert isinstance(expert, int)
+            if experts.start <= expert < experts.stop:
+                filled[(expert - experts.start, *rows)] = self.stored(slot, number).values()
         return filled
 
     def plain_dtype(self, slot: Slot) -> torch.dtype | None:

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from daedal.checkpoint.contents import Contents
 from daedal.checkpoint.packing import carried, load_packed
 from daedal.checkpoint.shards import PLAIN, Shards
 from daedal.config import ModelConfig
 from daedal.errors import BackendError, CheckpointError, ConfigError
+from daedal.mesh import Team
 from daedal.model.packing import assign
+from daedal.model.shard import Shard
 from daedal.model.transformer import Transformer, empty
-from daedal.shapes import Slot, drafting, parameters
+from daedal.shapes import Slot, drafting, parameters, sharing
 
 Progress = Callable[[int, int], None]
 
@@ -31,6 +33,7 @@ def load(
     weights: str | None = None,
     mtp: bool = False,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Transformer:
     """The model of a checkpoint directory, ready to run.
 
@@ -39,10 +42,13 @@ def load(
     "bf16", "int8", "int4", "fp8" or "fp4" packs them for the CPU's kernels, on the first load into the user's cache,
     and computes in bfloat16; together with float32 the packed numbers are expanded. None packs nothing, except what is
     packed on disk. mtp: fill the drafting modules too. progress: called with (done, in all), of parameters, or of bytes
-    while weights are packed; a packed model is otherwise there at once.
+    while weights are packed; a packed model is otherwise there at once. team: the ranks that hold the model together,
+    of which each loads its own part, unpacked and without drafting modules.
     """
     directory = Path(directory)
     weights = weights or carried(directory)
+    if team is not None:
+        _check_shared(weights, mtp=mtp)
     if weights is not None:
         if device != "auto" and resolve_device(device).type != "cpu":
             raise BackendError(
@@ -61,21 +67,46 @@ def load(
     if chosen not in PLAIN:
         raise ConfigError(f"dtype is {chosen}: give torch.bfloat16, float16, float32 or float64")
     target = resolve_device(device)
-    model = empty(config, device="meta", dtype=chosen, drafting=mtp)
-    for done, (slot, tensor) in enumerate(read_slots(contents, slots, chosen)):
-        assign(model, slot.name, tensor.to(target), trained=True)
+    model = empty(config, device="meta", dtype=chosen, drafting=mtp) if team is None else Shard(config, team, chosen)
+    for done, (slot, tensor) in enumerate(read_slots(contents, slots, chosen, team)):
+        assign(model, slot.name, tensor.to(target), trained=team is None)
         if progress is not None:
             progress(done + 1, len(slots))
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        embedding = model.embed_tokens.weight
+        model.lm_head.weight = embedding if team is None else _own_tokens(embedding, team)
     return model.eval()
 
 
-def read_slots(contents: Contents, slots: Sequence[Slot], dtype: torch.dtype) -> Iterator[tuple[Slot, Tensor]]:
-    """Each slot with its numbers, one by one, on the CPU, in the dtype that a model of `dtype` keeps it in."""
+def read_slots(
+    contents: Contents, slots: Sequence[Slot], dtype: torch.dtype, team: Team | None = None
+) -> Iterator[tuple[Slot, Tensor]]:
+    """Each slot with its numbers, one by one, on the CPU, in the dtype that a model of `dtype` keeps it in; of `team`
+    this rank's part of each.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     for slot in slots:
-        yield slot, contents.read(slot, wide if slot.wide else dtype)
+        place = () if team is None else sharing.place(slot, team.rank, team.size)
+        kind = wide if slot.wide else dtype
+        yield slot, torch.zeros(slot.shape, dtype=kind) if place is None else contents.read(slot, kind, place)
+
+
+def _own_tokens(embedding: Tensor, team: Team) -> nn.Parameter:
+    """The head of a rank, as a part of the embedding that is tied to it."""
+    tokens = sharing.vocabulary(len(embedding), team.rank, team.size)
+    return nn.Parameter(embedding.detach()[tokens], requires_grad=False)
+
+
+def _check_shared(weights: str | None, *, mtp: bool) -> None:
+    """What several processes cannot share yet."""
+    if weights is not None:
+        raise ConfigError(
+            f"weights is {weights!r}, and packed weights cannot be shared by several processes: leave them unpacked"
+        )
+    if mtp:
+        raise ConfigError(
+            "drafting modules cannot be shared by several processes: draft by lookup or with a model, or load without"
+        )
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

@@ -182,19 +182,19 @@ def _expanded(held: _Held, config: ModelConfig, *, mtp: bool) -> Transformer:
 
 def _cached(directory: Path, config: ModelConfig, weights: str, progress: Progress) -> _Held:
     """The entry of the cache, made or made anew if need be."""
-    path, fingerprint = directory.resolve(), _fingerprint(directory)
+    path, made_of = directory.resolve(), fingerprint(directory)
     key = hashlib.sha256(f"{path}\0{weights}\0{packed_files.VERSION}".encode()).hexdigest()[:16]
     cache = cache_directory()
     target = cache / FOLDER / f"{path.name}-{weights}-{key}"
-    held = _fresh(target, config, weights, fingerprint)
+    held = _fresh(target, config, weights, made_of)
     if held is not None:
         return held
     contents, drafts = _contents(directory, config)
     planned = plan(config, weights, drafts=drafts)
     _, need = packed_files.offsets([one.entry for one in planned])
-    identity: dict[str, object] = {"checkpoint": str(path), "fingerprint": fingerprint, "weights": weights}
+    identity: dict[str, object] = {"checkpoint": str(path), "fingerprint": made_of, "weights": weights}
     with disk_errors(cache, need), locked(cache / "locks" / f"{target.name}.lock", waiting=lambda: None):
-        held = _fresh(target, config, weights, fingerprint)
+        held = _fresh(target, config, weights, made_of)
         if held is None:
             with staged(target) as partial, disk_errors(cache, need):
                 require_space(partial, need)
@@ -214,10 +214,10 @@ def _contents(directory: Path, config: ModelConfig) -> tuple[Contents, bool]:
     return Contents(shards, config, parameters(config)), False
 
 
-def _fresh(target: Path, config: ModelConfig, weights: str, fingerprint: str) -> _Held | None:
+def _fresh(target: Path, config: ModelConfig, weights: str, made_of: str) -> _Held | None:
     """The entry of the cache, if it is whole and up to date."""
     try:
-        if packed_files.read_identity(target).get("fingerprint") != fingerprint:
+        if packed_files.read_identity(target).get("fingerprint") != made_of:
             return None
         return _read(target, config, weights)
     except CheckpointError:
@@ -231,7 +231,8 @@ def _read(directory: Path, config: ModelConfig, weights: str) -> _Held:
     return _Held(planned, packed_files.read(directory, [one.entry for one in planned]), drafts)
 
 
-def _fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path) -> str:
+    """Of a checkpoint: its configuration, and the names, sizes and times of its files."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for path in sorted(directory.glob("*.safetensors*")):
         held = path.stat()

@@ -248,7 +248,8 @@ def _joined(recipe: "Recipe", where: "torch.device") -> "Iterator[Place | None]"
     """Where this process stands, once all processes have met; None where it is alone."""
     import torch.distributed as dist
 
-    from daedal.train.parallel.layout import Layout, Place, join
+    from daedal.mesh import join
+    from daedal.train.parallel.layout import Layout, Place
 
     count = join(where)
     if count == 1:

@@ -101,6 +101,22 @@ class Experts(nn.Module):
         return ops.scaled_experts(x_TD, ids_TA, weights_TA, *weights, self.arithmetic, limit=self.limit)
 
 
+def each(
+    rows_ND: Tensor,
+    ids_N: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    arithmetic: Arithmetic | None,
+    limit: float | None,
+) -> Tensor:
+    """Each row through the one expert of its id, not weighed: [N, D]. For who weighs and sums where the tokens are."""
+    ids_N1, ones_N1 = ids_N.unsqueeze(1), torch.ones((len(ids_N), 1), dtype=torch.float32, device=rows_ND.device)
+    if arithmetic is not None:
+        return ops.scaled_experts(rows_ND, ids_N1, ones_N1, gate_up, down, arithmetic, limit=limit)
+    return ops.experts(rows_ND, ids_N1, ones_N1, like(gate_up, rows_ND), like(down, rows_ND), limit=limit)
+
+
 class MoE(nn.Module):
     """x_TD to the sum of its chosen experts and the shared ones."""
 

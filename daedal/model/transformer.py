@@ -4,6 +4,7 @@ Module names are the published ones without their `model.` prefix, so that a che
 translation; routed experts are stacked. The list of parameters is `shapes.parameters`, held equal by a test.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from daedal import ops, shapes
 from daedal.config import ModelConfig
 from daedal.errors import RequestError
+from daedal.mesh import Team
 from daedal.model.batch import CacheView, RaggedBatch
 from daedal.model.forward_pass import ForwardPass, Observer
 from daedal.model.hyper_connections import HyperHead
@@ -20,6 +22,7 @@ from daedal.model.layers import HyperLayer, Layer
 from daedal.model.mtp import Draft, HyperDraft
 from daedal.model.norm import RMSNorm
 from daedal.ops.packed import Packed
+from daedal.shapes import Slot
 
 
 class Transformer(nn.Module):
@@ -30,10 +33,14 @@ class Transformer(nn.Module):
 
     recompute: with gradients, layers keep only their inputs and compute the rest again in the backward pass.
     compute_dtype: of activations, to which weights are cast where they are used; None for the weights' own.
+    team: the ranks that hold the model together (`shard`); None for a model that is whole. refuses_recording: why its
+    steps cannot be recorded as native calls, if they cannot.
     """
 
     recompute = False
     compute_dtype: torch.dtype | None = None
+    team: Team | None = None
+    refuses_recording: str | None = None
 
     def __init__(self, config: ModelConfig, *, drafting: bool = False):
         super().__init__()
@@ -169,6 +176,11 @@ class Transformer(nn.Module):
         return logits_TV.view(*ids_BT.shape, self.config.vocab_size)
 
     @property
+    def cached_config(self) -> ModelConfig:
+        """Whose `shapes.cache` this process keeps."""
+        return self.config
+
+    @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
@@ -207,15 +219,20 @@ def empty(
     """
     with torch.device("meta"):
         model = Transformer(config, drafting=drafting)
-    model = model.to(dtype)
-    slots = shapes.parameters(config) + (shapes.drafting(config) if drafting else [])
-    wide = {slot.name for slot in slots if slot.wide}
-    if dtype != torch.float64:
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in wide:
-                tensor.data = tensor.data.float()
+    typed(model, dtype, shapes.parameters(config) + (shapes.drafting(config) if drafting else []))
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
+
+
+def typed(model: Transformer, dtype: torch.dtype, slots: Sequence[Slot]) -> None:
+    """Gives every parameter `dtype`, and float32 to those that `slots` call wide (float64 stays)."""
+    model.to(dtype)
+    if dtype == torch.float64:
+        return
+    wide = {slot.name for slot in slots if slot.wide}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in wide:
+            tensor.data = tensor.data.float()

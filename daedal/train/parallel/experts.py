@@ -13,9 +13,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from daedal import ops
-from daedal.model.linear import like
-from daedal.model.moe import Experts, MoE
+from daedal.model.moe import Experts, MoE, each
 from daedal.ops.arithmetic import Arithmetic
 
 
@@ -57,12 +55,8 @@ class SpreadExperts(nn.Module):
             # No row comes: the gradient is zero then, and not absent, as all processes step the same parameters.
             return rows_ND + (gate_up[:, :0].sum() + down[:, :0].sum()).to(rows_ND.dtype)
         own_E = torch.arange(counts_PE.shape[1], device=rows_ND.device)
-        ids_N1 = own_E.repeat(counts_PE.shape[0]).repeat_interleave(counts_PE.flatten()).unsqueeze(1)
-        ones_N1 = torch.ones_like(ids_N1, dtype=torch.float32)
-        if self.arithmetic is not None:
-            return ops.scaled_experts(rows_ND, ids_N1, ones_N1, gate_up, down, self.arithmetic, limit=self.limit)
-        gate_up, down = like(gate_up, rows_ND), like(down, rows_ND)
-        return ops.experts(rows_ND, ids_N1, ones_N1, gate_up, down, limit=self.limit)
+        ids_N = own_E.repeat(counts_PE.shape[0]).repeat_interleave(counts_PE.flatten())
+        return each(rows_ND, ids_N, gate_up, down, arithmetic=self.arithmetic, limit=self.limit)
 
 
 def deal_experts(layer: nn.Module, mesh: DeviceMesh) -> SpreadExperts | None:

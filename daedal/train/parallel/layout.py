@@ -9,10 +9,7 @@ sharded over those. Rank = stage x data + data rank, and neighbours share expert
 Knows no models beyond what must divide.
 """
 
-import os
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -140,22 +137,3 @@ class Place:
     def rank_of(self, stage: int) -> int:
         """The process of another stage that works on the same samples."""
         return stage * self.layout.data + self.data_rank
-
-
-def join(device: torch.device | str = "cpu", *, patience: float = 600.0) -> int:
-    """Makes this process one of those that `torchrun` started, and says how many there are; 1 without `torchrun`.
-
-    patience: seconds after which a process that does not answer is given up.
-    """
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        return 1
-    if not dist.is_initialized():
-        kind = torch.device(device).type
-        if kind != "cpu":
-            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        if kind == "cpu" and os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
-            # Left to itself gloo may look for an address by the machine's name, and wait for it.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
-    return dist.get_world_size()
