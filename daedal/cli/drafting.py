@@ -1,6 +1,7 @@
 """The options by which `serve` and `chat` speculate, and from them to who drafts. Knows nothing of how that goes on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,6 +41,11 @@ class Drafting:
     def by_module(self) -> bool:
         """Whether the model must be loaded with its drafting modules."""
         return self.speculate == "mtp"
+
+    @property
+    def directory(self) -> Path | None:
+        """Of the model that drafts, where one does."""
+        return None if self.speculate in (None, "lookup", "mtp") else resolve_shown(self.speculate)
 
     def open(self, *, device: "torch.device", dtype: "torch.dtype | None") -> "Speculation | None":
         """The engine's wish, a draft model loaded. A DaedalError says what is wrong."""

@@ -11,7 +11,7 @@ pages these are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -152,6 +152,39 @@ class PagedCache:
             elif copy.ring is not None:
                 source, target = copy.ring
                 pool[target] = pool[source]
+
+    @property
+    def layout(self) -> list[list[object]]:
+        """What is kept of a token and how, as JSON can hold it: the same for caches whose rows may be exchanged."""
+        kinds = {**self.kinds(), **self.kinds(rings=True)}
+        return [[name, list(shape), str(dtype)] for name, (shape, dtype) in kinds.items()]
+
+    def kinds(self, *, rings: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Of each slot, called `layer.name`: shape and dtype of its rows on a page, or in a ring."""
+        return {name: (tuple(pool.shape[1:]), pool.dtype) for name, pool in self._named(rings=rings)}
+
+    def pages(self, pages: Sequence[int]) -> dict[str, Tensor]:
+        """A copy of what lies on some pages: [pages, rows, ...] by slot."""
+        return {name: pool[list(pages)].cpu() for name, pool in self._named(rings=False)}
+
+    def ring(self, number: int) -> dict[str, Tensor]:
+        """A copy of what lies in a ring: [rows, ...] by slot."""
+        return {name: pool[number].clone().cpu() for name, pool in self._named(rings=True)}
+
+    def put_pages(self, pages: Sequence[int], rows: Mapping[str, Tensor]) -> None:
+        """Puts back what `pages` gave."""
+        for name, pool in self._named(rings=False):
+            pool[list(pages)] = rows[name].to(pool.device)
+
+    def put_ring(self, number: int, rows: Mapping[str, Tensor]) -> None:
+        """Puts back what `ring` gave."""
+        for name, pool in self._named(rings=True):
+            pool[number] = rows[name].to(pool.device)
+
+    def _named(self, *, rings: bool) -> Iterator[tuple[str, Tensor]]:
+        for (layer, name), slot in self._slots.items():
+            if bool(slot.ring) == rings:
+                yield f"{layer}.{name}", self._pools[layer][name]
 
     def view(
         self,

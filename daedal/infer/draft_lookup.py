@@ -6,7 +6,7 @@ prompt lookup decoding, 2023). Longer matches come first, of equal ones the late
 
 from collections.abc import Mapping, Sequence
 
-from daedal.infer.scheduler import Step
+from daedal.infer.step import Step
 
 _LONGEST, _SHORTEST = 4, 2  # tokens that must match
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from daedal.infer.cache import PagedCache
 from daedal.infer.feeding import feed
 from daedal.infer.sampling import Logits, greedy
-from daedal.infer.scheduler import Chunk, Step
+from daedal.infer.step import Chunk, Step
 from daedal.model.transformer import Transformer
 
 

@@ -4,30 +4,32 @@ One step runs one flat batch of prompt chunks, single tokens and drafts. An engi
 nothing of HTTP and chat templates, and text only through the tokenizer it is given.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from daedal import ops
 from daedal.cost.spending import Tariff
-from daedal.errors import ConfigError, OverloadError, RequestError
-from daedal.infer.admission import Limits
-from daedal.infer.cache import KvDtype, page_multiple
+from daedal.errors import RequestError
+from daedal.infer.admission import Admission, Limits
+from daedal.infer.beginnings import prefixes_for, store_for
+from daedal.infer.cache import KvDtype
+from daedal.infer.deterministic import piece
+from daedal.infer.forecast import Answers, Forecast
 from daedal.infer.live import Live, Rows
+from daedal.infer.looking import Look
 from daedal.infer.memory import keep_freed_memory, plan_pages
 from daedal.infer.metering import Meter
 from daedal.infer.pace import Pace
 from daedal.infer.pages import PageAllocator
-from daedal.infer.prefixes import Prefixes
+from daedal.infer.prefix_files import PrefixDirectory
 from daedal.infer.request import Mask, Output, Request, SamplingParams, requests_of
 from daedal.infer.runner import Runner, kept
 from daedal.infer.sampling import Logits, RowSampler, check_finite, verify
-from daedal.infer.scheduler import Chunk, Scheduler, Step
+from daedal.infer.scheduler import Scheduler
 from daedal.infer.speculative import Acceptance, Speculation
-from daedal.infer.stats import EngineStats, StepError
+from daedal.infer.stats import EngineStats, ExpertsSeen, StepError
+from daedal.infer.step import Chunk, Step
 from daedal.infer.stopping import Ending
-from daedal.model.packing import is_packed
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -52,7 +54,8 @@ class Engine:
     kv_cache_dtype: "auto" keeps rows of the past in the model's dtype, "fp8" packs what latent attention
     keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little. prefix_caching:
     a request starts behind the longest beginning, in whole pages, that an earlier one had too and the cache still
-    holds; answers stay the same, and room for other requests too. tariff: by which every request's cost is counted,
+    holds; answers stay the same, and room for other requests too. prefix_directory: where such beginnings outlive the
+    engine; `close` waits for those that are not written yet. tariff: by which every request's cost is counted,
     which its last output then has.
     Raises ConfigError for sizes that cannot be, for a drafter that cannot draft for this model, and for "fp8" without
     latent attention.
@@ -75,10 +78,11 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         kv_cache_dtype: KvDtype = "auto",
         prefix_caching: bool = True,
+        prefix_directory: PrefixDirectory | None = None,
         tariff: Tariff | None = None,
     ):
         self._model, self._tokenizer = model, tokenizer
-        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._max_batch = max_batch
         plan = plan_pages(
             kept(model, speculate),
             device=model.device,
@@ -93,38 +97,37 @@ class Engine:
         )
         if speculate is not None:
             speculate.check(model, plan.context)
-        _check_deterministic(deterministic, model, speculate, max_batch, max_step_tokens)
+        chunk = piece(model, speculate, max_batch, max_step_tokens) if deterministic else None
         if model.device.type == "cpu":
             keep_freed_memory()
         self._plan, self._pages = plan, PageAllocator(plan.num_pages)
         self._runner = Runner(model, plan, speculate, exact=deterministic)
-        self._limits = Limits(
-            vocab_size=model.config.vocab_size,
-            context=plan.context,
-            capacity=plan.num_pages * plan.page_size,
-            has_text=tokenizer is not None,
-        )
+        self._limits = self._make_limits()
         self._end_ids = model.config.eos_token_ids | (tokenizer.eos_ids if tokenizer is not None else frozenset())
         max_drafts = 0 if speculate is None else speculate.draft_tokens
-        chunk = _whole(max_step_tokens - max_batch, page_multiple(model.config)) if deterministic else None
-        self._prefixes = self._make_prefixes(chunk, max_drafts, keeps=prefix_caching)
+        self._answers = Answers()
+        self._prefixes = prefixes_for(
+            plan, self._pages, max_batch=max_batch, chunk=chunk, max_drafts=max_drafts, keeps=prefix_caching
+        )
+        self._store = store_for(prefix_directory, self._prefixes, plan, self._pages, self._runner)
         self._scheduler = self._make_scheduler(max_step_tokens, max_drafts, chunk)
         self._clock, self._pace = clock, Pace.within(prefill_ms, most=max_step_tokens)
+        self._forecast = Forecast(self._answers)
+        self._admission = Admission(max_batch, max_waiting, self._scheduler, self._prefixes, self._forecast, clock)
         self._meter = None if tariff is None else Meter(model.config, tariff, speculate, clock=clock)
         self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
+        self._look: Look | None = None
         self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
         self._prompt_tokens_total = self._generation_tokens_total = 0
 
-    def _make_prefixes(self, chunk: int | None, max_drafts: int, *, keeps: bool) -> Prefixes:
-        plan = self._plan
-        return Prefixes(
-            self._pages,
-            page_size=plan.page_size,
-            unit=math.lcm(plan.page_size, chunk or 1),
-            rings=range(self._max_batch, plan.num_states) if plan.state_bytes else None,
-            max_drafts=max_drafts,
-            keeps=keeps and bool(plan.num_kept_states or not plan.state_bytes),
+    def _make_limits(self) -> Limits:
+        return Limits(
+            vocab_size=self._model.config.vocab_size,
+            context=self._plan.context,
+            capacity=self._plan.num_pages * self._plan.page_size,
+            has_text=self._tokenizer is not None,
+            held_bytes=self._plan.request_bytes,
         )
 
     def _make_scheduler(self, max_step_tokens: int, max_drafts: int, chunk: int | None) -> Scheduler:
@@ -136,7 +139,13 @@ class Engine:
             max_drafts=max_drafts,
             chunk=chunk,
             prefixes=self._prefixes,
+            answers=self._answers,
         )
+
+    def close(self) -> None:
+        """Ends what the engine does beside its steps; what is to outlive it is on disk then."""
+        if self._store is not None:
+            self._store.close()
 
     @property
     def max_context(self) -> int:
@@ -173,12 +182,13 @@ class Engine:
         """Queues a request.
 
         Raises RequestError if it breaks a rule, CapacityError if the cache could never hold it, OverloadError if
-        `max_batch` requests and `max_waiting` more are under way.
+        `max_batch` requests and `max_waiting` more are under way, DeadlineError if it cannot be answered in its time.
         """
         self._limits.check(request)
         if request.id in self._live or any(output.request_id == request.id for output in self._undelivered):
             raise RequestError(f"id {request.id!r} belongs to a request under way: give a new one", param="id")
         self.check_room(1)
+        self._admission.check_time(request)
         params, length = request.params, len(request.prompt)
         self._live[request.id] = Live(
             request=request,
@@ -196,6 +206,7 @@ class Engine:
                 detokenizer=self._detokenizer(params),
             ),
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+            came=self._clock(),
         )
         self._scheduler.add(
             request.id,
@@ -203,11 +214,27 @@ class Engine:
             max_answer=min(params.max_tokens, self._limits.context - length),
             salt=request.cache_salt,
             reuses=params.prompt_logprobs is None,  # which need every position computed
+            priority=request.priority,
         )
 
+    def look(self) -> None:
+        """Watches which experts the next steps choose; `seen` has it once they ran."""
+        if self._look is None:
+            self._look = Look(self._model.config)
+
+    def seen(self) -> ExpertsSeen | None:
+        """What was to be watched, given once; None before."""
+        if self._look is None or not self._look.over:
+            return None
+        look, self._look = self._look, None
+        return look.seen()
+
     def forget_prefixes(self) -> None:
-        """No request starts behind what was read until now; for who changes the model's weights under the engine."""
+        """No request starts behind what was read until now, and nothing more is kept on disk; for who changes the
+        model's weights under the engine.
+        """
         self._prefixes.forget()
+        self.close()
 
     def _detokenizer(self, params: SamplingParams) -> "Detokenizer | None":
         if self._tokenizer is None:
@@ -223,18 +250,7 @@ class Engine:
 
     def check_room(self, count: int) -> None:
         """Raises OverloadError if `count` more requests do not fit now, RequestError if they never could together."""
-        if self._max_waiting is None:
-            return
-        most = self._max_batch + self._max_waiting
-        if count > most:
-            raise RequestError(
-                f"{count} answers are asked for at once, at most {most} are taken: ask for fewer", param="n"
-            )
-        if len(self._live) + count > most:
-            raise OverloadError(
-                f"{len(self._live)} requests are under way, the limit is {self._max_batch} running and "
-                f"{self._max_waiting} waiting: try again later"
-            )
+        self._admission.check_room(count, len(self._live))
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages at once; the next `step` delivers its last output.
@@ -258,9 +274,12 @@ class Engine:
         """
         delivered, self._undelivered = self._undelivered, []
         step = self._scheduler.schedule(None if self._pace is None else self._pace.budget)
+        start = self._clock()
+        for request_id in step.started:
+            live = self._live[request_id]
+            live.waited = start - live.came if live.waited is None else live.waited
         if not step.chunks:
             return delivered
-        start = self._clock()
         try:
             outputs = self._run(step)
         except BaseException as error:
@@ -274,8 +293,10 @@ class Engine:
                     self._forget(request_id)
             message = f"a step with {len(request_ids)} requests failed and they were dropped: {error}"
             raise StepError(message, request_ids=request_ids) from error
-        if self._pace is not None and (num_tokens := step.num_prompt_tokens):
-            self._pace.took(num_tokens, self._clock() - start)
+        now, num_tokens = self._clock(), step.num_prompt_tokens
+        self._forecast.took(num_tokens, now - start, now)
+        if self._pace is not None and num_tokens:
+            self._pace.took(num_tokens, now - start)
         return delivered + outputs
 
     def generate(
@@ -296,7 +317,7 @@ class Engine:
         try:
             for request in queue:
                 # A second batch in waiting keeps the first one full; more would only hold their sampling state.
-                while len(self._live) >= 2 * self._max_batch or not self._has_room:
+                while len(self._live) >= 2 * self._max_batch or not self._admission.has_room(len(self._live)):
                     self._collect(outputs)
                 self.add(request)
             while self.has_work:
@@ -306,10 +327,6 @@ class Engine:
                 self._forget(request_id)
             self._undelivered = []
         return list(outputs.values())
-
-    @property
-    def _has_room(self) -> bool:
-        return self._max_waiting is None or len(self._live) < self._max_batch + self._max_waiting
 
     def _collect(self, outputs: dict[str, Output]) -> None:
         for output in self.step():
@@ -328,7 +345,7 @@ class Engine:
         self._runner.copy(step.copies)
         step = self._runner.propose(step)
         rows = Rows.of(step, self._live)
-        logits, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows)
+        logits, states = self._runner.run(step, rows.prompt_rows + rows.sample_rows, self._look)
         if rows.prompt_rows:
             prompts, logits = map(Logits, logits.tensor.tensor_split([len(rows.prompt_rows)]))
             check_finite(prompts)
@@ -353,6 +370,9 @@ class Engine:
         for output in outputs:
             if output.finish_reason is not None:
                 output.spent = None if self._meter is None else self._meter.spent(output.request_id)
+                self._answers.ended(self._scheduler.num_answered(output.request_id))
+                if self._store is not None:
+                    self._store.keep(*self._scheduler.beginning(output.request_id))
                 self._forget(output.request_id)
         return outputs
 
@@ -360,34 +380,8 @@ class Engine:
         live = self._live[output.request_id]
         if not live.prompt_is_read:
             live.prompt_is_read = True
-            output.num_cached = self._scheduler.num_reused(output.request_id)
+            output.num_cached, output.waited = self._scheduler.num_reused(output.request_id), live.waited
             self._prompt_tokens_total += len(live.request.prompt)
         self._generation_tokens_total += len(output.ids)
         accepted = sum(draft == token for draft, token in zip(chunk.drafts, output.ids, strict=False))
         self._acceptance.count(len(chunk.drafts), accepted)
-
-
-def _whole(num_tokens: int, multiple: int) -> int:
-    """The most whole multiples that fit, or `num_tokens` itself where none does."""
-    return num_tokens // multiple * multiple or num_tokens
-
-
-def _check_deterministic(
-    wanted: bool, model: "Transformer", speculate: Speculation | None, max_batch: int, max_step_tokens: int
-) -> None:
-    if not wanted:
-        return
-    if speculate is not None:
-        raise ConfigError("deterministic is on and drafts depend on what else runs: leave out one of them")
-    if max_step_tokens <= max_batch:
-        raise ConfigError(
-            f"max_step_tokens is {max_step_tokens} and max_batch {max_batch}: a deterministic engine needs more tokens "
-            "in a step than requests, give more"
-        )
-    if not is_packed(model):
-        raise ConfigError(
-            "the model's weights are not packed, and PyTorch's products depend on the batch: to be deterministic, load "
-            'it with weights="bf16" or another packed format'
-        )
-    if reason := ops.unrecordable():
-        raise ConfigError(f"a deterministic engine needs the native kernels ({reason}): leave deterministic out")

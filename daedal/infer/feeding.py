@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from daedal.infer.cache import PagedCache, PagedView
-from daedal.infer.scheduler import Chunk
+from daedal.infer.step import Chunk
 from daedal.model.batch import RaggedBatch
 
 

@@ -12,18 +12,22 @@ from torch import Tensor
 from daedal.infer.logprobs import token_logprobs
 from daedal.infer.request import Output, Request, TokenLogprobs
 from daedal.infer.sampling import RowSampler
-from daedal.infer.scheduler import Chunk, Step
+from daedal.infer.step import Chunk, Step
 from daedal.infer.stopping import Ending
 
 
 @dataclass(kw_only=True, eq=False)
 class Live:
-    """One request from `add` until its last output; prompt_logprobs as far as computed, None if not wanted or given."""
+    """One request from `add` until its last output; prompt_logprobs as far as computed, None if not wanted or given.
+    came: when, in seconds; waited: until it first started.
+    """
 
     request: Request
     sampler: RowSampler
     ending: Ending
     prompt_logprobs: list[TokenLogprobs | None] | None
+    came: float = 0.0
+    waited: float | None = None
     prompt_is_read: bool = False
 
     def unscored(self, chunk: Chunk) -> range:
@@ -49,6 +53,7 @@ class Live:
         for token in chosen:
             output.ids.append(token)
             text, output.finish_reason = self.ending.push(token)
+            output.lengths.append(len(text or ""))
             if text is not None:
                 output.text = (output.text or "") + text
             if output.finish_reason is not None:

@@ -16,7 +16,7 @@ from daedal.errors import ConfigError
 from daedal.infer.cache import KvDtype, can_pack, page_multiple, page_nbytes, state_nbytes
 
 _PAGE_SIZE = 16
-_FREE_MEMORY_SHARE = 0.5
+FREE_MEMORY_SHARE = 0.5
 _KEPT_RINGS_SHARE = 0.1  # of what is left for pages
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # names and numbers of malloc.h
 
@@ -52,6 +52,10 @@ class PagePlan:
     def nbytes(self) -> int:
         """What the caches allocate, exactly."""
         return self.held_bytes(self.num_pages, sequences=self.num_states)
+
+    def request_bytes(self, num_tokens: int) -> int:
+        """Bytes of one running request that keeps so many tokens: what `cost.cached` counts, on whole pages."""
+        return self.held_bytes(-(-num_tokens // self.page_size))
 
     def held_bytes(self, num_pages: int, *, sequences: int = 1) -> int:
         """Bytes of running sequences that have so many pages together."""
@@ -93,7 +97,7 @@ def plan_pages(
         raise ConfigError(f"max_context is {context}, the model's is {longest}: give at most that")
     _check_kv_dtype(kv_dtype, kept[0].config)
     unit = math.lcm(*(page_multiple(one.config) for one in kept))
-    given_bytes = int(free_bytes(device) * _FREE_MEMORY_SHARE) if cache_bytes is None else cache_bytes
+    given_bytes = int(free_bytes(device) * FREE_MEMORY_SHARE) if cache_bytes is None else cache_bytes
     state_bytes = sum(state_nbytes(one.config, one.dtype, drafting=one.drafting) for one in kept)
     bytes_for_pages = given_bytes - max_batch * state_bytes
     num_kept = 0

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from daedal.config import ModelConfig
 from daedal.cost.flops import Feeding
 from daedal.cost.spending import Spent, Tariff
-from daedal.infer.scheduler import Chunk, Step
 from daedal.infer.speculative import Speculation
+from daedal.infer.step import Chunk, Step
 
 
 @dataclass(slots=True)

@@ -65,6 +65,21 @@ class PageAllocator:
                 page += 1
         return tuple(pages)
 
+    def allocate_blank(self, count: int) -> tuple[int, ...] | None:
+        """`count` blank pages, in the narrowest gap that holds them side by side, else the first ones; None, and then
+        nothing is taken, if there are fewer.
+        """
+        gaps = sorted(_BLANK_RUN.finditer(self._state), key=_length)
+        fitting = next((gap for gap in gaps if _length(gap) >= count), None)
+        chosen = [fitting] if fitting is not None else sorted(gaps, key=re.Match.start)
+        free = [page for gap in chosen for page in range(*gap.span())][:count]
+        if len(free) < count:
+            return None
+        pages: list[int] = []
+        for page in free:
+            self._take(page, pages)
+        return tuple(pages)
+
     def free(self, pages: Iterable[int]) -> None:
         """Takes pages back; of those to be kept the first count as wanted longest ago. Raises ValueError for a page
         that is not in use, and then takes none.

@@ -63,13 +63,14 @@ class Found:
 class Chain:
     """One sequence as beginnings see it.
 
-    names: of its beginnings, page by page, as far as they were needed. reuses: whether it may start behind one. most:
-    tokens that may become one, None for all. num_noted: pages that have, since it was started. num_reused: tokens that
-    it first started behind, None before. cuts: after so many tokens a chunk ends, and its rings are copied. copied:
-    after how many they last were; answering: after how many, of its answer, 0 for none.
+    salt: whose it is. names: of its beginnings, page by page, as far as they were needed. reuses: whether it may start
+    behind one. most: tokens that may become one, None for all. num_noted: pages that have, since it was started.
+    num_reused: tokens that it first started behind, None before. cuts: after so many tokens a chunk ends, and its rings
+    are copied. copied: after how many they last were; answering: after how many, of its answer, 0 for none.
     """
 
     root: bytes
+    salt: str
     reuses: bool
     most: int | None
     names: list[bytes] = field(default_factory=list)
@@ -111,10 +112,20 @@ class Prefixes:
         self._free_rings = list(rings or ())
         self._ring_of: dict[bytes, int] = {}  # the one wanted longest ago first
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept at all."""
+        return self._keeps
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the tokens that might have been found, the share that was; 0 before there were any."""
+        return self.num_hit / max(self.num_queried, 1)
+
     def chain(self, *, salt: str = "", reuses: bool = True, most: int | None = None) -> Chain:
         """For a new sequence."""
         root = blake2b(salt.encode(), key=self._secret, digest_size=32).digest()
-        return Chain(root=root, reuses=reuses and self._keeps, most=most if self._keeps else 0)
+        return Chain(root=root, salt=salt, reuses=reuses and self._keeps, most=most if self._keeps else 0)
 
     def find(self, chain: Chain, tokens: Sequence[int]) -> Found:
         """Where a sequence of these tokens can start; the last one is always left to be read."""
@@ -199,6 +210,39 @@ class Prefixes:
         kept = self._free_rings.pop() if self._free_rings else self._ring_of.pop(next(iter(self._ring_of)))
         self._ring_of[name] = kept
         return Copy(ring=(ring, kept))
+
+    def names(self, chain: Chain, tokens: Sequence[int], count: int) -> list[bytes]:
+        """Of the beginnings that end with the first `count` pages."""
+        return [self._name(chain, tokens, place) for place in range(count)]
+
+    def known(self, chain: Chain, tokens: Sequence[int]) -> list[int]:
+        """The pages of the longest beginning of these tokens that is there, rings or not."""
+        pages: list[int] = []
+        for name in self.names(chain, tokens, len(tokens) // self._page_size):
+            if (page := self._page_of.get(name)) is None:
+                break
+            pages.append(page)
+        return pages
+
+    def rings(self, chain: Chain, tokens: Sequence[int]) -> dict[int, int]:
+        """Copies of a sequence's rings, by the tokens that they follow, at most those noted."""
+        ends = self._ends(chain.num_noted * self._page_size)
+        found = {place: self._ring_of.get(self._ending(chain, tokens, place)) for place in ends}
+        return {place: ring for place, ring in found.items() if ring is not None}
+
+    def place_ring(self, chain: Chain, tokens: Sequence[int], end: int) -> int | None:
+        """A free ring for what stands after `end` tokens, to be filled at once; None where there is none."""
+        if end not in self._ends(len(tokens)) or not self._free_rings:
+            return None
+        name = self._ending(chain, tokens, end)
+        if name in self._ring_of:
+            return None
+        self._ring_of[name] = ring = self._free_rings.pop()
+        return ring
+
+    def _ends(self, end: int) -> range:
+        """Where beginnings with rings may end."""
+        return range(self.unit, end + 1, self.unit) if self._has_rings else range(0)
 
     def forget(self) -> None:
         """Everything, also what running sequences hold or will leave behind."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from daedal import ops
 from daedal.infer.cache import PagedCache, PagedView, Places
 from daedal.infer.sampling import Logits
-from daedal.infer.scheduler import Chunk
+from daedal.infer.step import Chunk
 from daedal.model.batch import RaggedBatch
 from daedal.ops.rings import Lasting
 from daedal.ops.rows import MovingPages, Unrecordable
@@ -33,7 +33,9 @@ class RecordedSteps:
         self._cache = cache
         self._max_pages = max_pages
         self._steps: dict[int, _Recorded] = {}
-        self.refusal = None if model.device.type == "cpu" else f"native kernels run on the CPU, not on {model.device}"
+        self.refusal = model.refuses_recording
+        if model.device.type != "cpu":
+            self.refusal = f"native kernels run on the CPU, not on {model.device}"
 
     def replay(self, chunks: Sequence[Chunk]) -> Logits | None:
         """A row for each chunk, overwritten by the next step; None where no such step was recorded."""

@@ -18,6 +18,7 @@ from daedal.errors import RequestError
 FinishReason = Literal["length", "stop", "cancelled"]
 
 MAX_LOGPROBS = 20  # the API's own bound on top_logprobs
+MAX_PRIORITY = 100  # and the same below 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,12 @@ class SamplingParams:
             _check_number(f"logit_bias[{token}]", addend, -100.0, 100.0, param="logit_bias")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
+    @property
+    def num_certain(self) -> int:
+        """Tokens that the answer will have in any case."""
+        ends_early = self.stop or self.stop_ids or not self.ignore_eos
+        return min(self.max_tokens, 1) if ends_early else self.max_tokens
+
 
 class Mask(Protocol):
     """Which tokens may come next in one answer; it follows the answer token by token.
@@ -110,7 +117,9 @@ class Request:
     """One sequence to generate. prompt: token ids, at least one. id: unique among the engine's live requests.
     structure: what the answer must look like; it then ends by an end-of-sequence id, which so may not be ignored.
     cache_salt: only requests of the same salt begin from what others have read, so that nobody can find out by the
-    clock what strangers ask.
+    clock what strangers ask; among equally urgent ones salts take turns. priority: lower ones go first, from
+    -MAX_PRIORITY to MAX_PRIORITY. seconds: within which it must be answered, None for any time; where that is too
+    little, the request is refused.
     """
 
     id: str
@@ -118,6 +127,8 @@ class Request:
     params: SamplingParams
     structure: Structure | None = field(default=None, compare=False)
     cache_salt: str = ""
+    priority: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _token_ids("prompt", self.prompt))
@@ -125,6 +136,9 @@ class Request:
             raise RequestError("prompt is empty: give at least one token", param="prompt")
         if not isinstance(self.cache_salt, str):
             raise RequestError(f"cache_salt is {self.cache_salt!r}: it must be a string", param="cache_salt")
+        _check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.seconds is not None:
+            _check_number("seconds", self.seconds, 0.0, math.inf)
         if self.structure is not None and self.params.ignore_eos:
             raise RequestError(
                 "ignore_eos is true, and the answer has a form that ends: leave it out", param="ignore_eos"
@@ -149,26 +163,30 @@ class Output:
 
     ids: generated ids only, the one that stopped the answer included. text: their text, None without a tokenizer;
     while streaming it lags behind ids where a character or a stop string is still incomplete; what stops the answer,
-    string or id, is not part of it. Given once, with the first output: prompt_logprobs, one entry per prompt token, the
-    first None; num_cached, the prompt's tokens that were not computed, because an earlier request had begun alike. With
-    the last one come stop, the stop string that ended it, if one did, and spent, where the engine has a tariff: what
-    the whole request has cost.
+    string or id, is not part of it. lengths: characters of the text that came out with each id. Given once, with the
+    first output: prompt_logprobs, one entry per prompt token, the first None; num_cached, the prompt's tokens that were
+    not computed, because an earlier request had begun alike; waited, seconds from its coming until it first started.
+    With the last one come stop, the stop string that ended it,
+    if one did, and spent, where the engine has a tariff: what the whole request has cost.
     """
 
     request_id: str
     ids: list[int] = field(default_factory=list)
     text: str | None = None
+    lengths: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop: str | None = None
     spent: Spent | None = None
     num_cached: int = 0
+    waited: float | None = field(default=None, compare=False)
 
     def extend(self, later: "Output") -> None:
         """Appends what came out of the same request after this."""
         assert later.request_id == self.request_id
         self.ids += later.ids
+        self.lengths += later.lengths
         if later.text is not None:
             self.text = (self.text or "") + later.text
         if later.logprobs is not None:
@@ -178,6 +196,7 @@ class Output:
         self.finish_reason = later.finish_reason
         self.stop, self.spent = later.stop, later.spent
         self.num_cached += later.num_cached
+        self.waited = later.waited if self.waited is None else self.waited
 
 
 def requests_of(

@@ -4,6 +4,7 @@ Chunks in, logits out. Knows no requests, no sampling, no text.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +16,14 @@ from daedal.infer.draft_lookup import LookupDrafter
 from daedal.infer.draft_model import ModelDrafter
 from daedal.infer.draft_mtp import MtpDrafter
 from daedal.infer.feeding import feed
+from daedal.infer.following import Leader
+from daedal.infer.looking import Look
 from daedal.infer.memory import Kept, PagePlan
 from daedal.infer.prefixes import Copy
 from daedal.infer.recorded import RecordedSteps
 from daedal.infer.sampling import Logits
-from daedal.infer.scheduler import Step
 from daedal.infer.speculative import Drafter, Speculation
+from daedal.infer.step import Step
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 def kept(model: "Transformer", speculate: Speculation | None) -> list[Kept]:
     """Whose rows the cache keeps: the model's, and those of what drafts for it."""
     drafting = speculate is not None and speculate.method == "mtp"
-    models = [Kept(config=model.config, dtype=model.dtype, drafting=drafting)]
+    models = [Kept(config=model.cached_config, dtype=model.dtype, drafting=drafting)]
     if speculate is not None and speculate.draft_model is not None:
         models.append(Kept(config=speculate.draft_model.config, dtype=speculate.draft_model.dtype))
     return models
@@ -57,6 +60,7 @@ class Runner:
             for one in kept(model, speculate)
         ]
         self._drafter = None if speculate is None else self._make_drafter(speculate)
+        self._leader = None if model.team is None else Leader(model.team, plan)
         self._recorded = RecordedSteps(model, self._caches[0], max_pages=-(-plan.context // plan.page_size))
 
     def _make_drafter(self, speculate: Speculation) -> Drafter:
@@ -65,6 +69,16 @@ class Runner:
         if speculate.draft_model is not None:
             return ModelDrafter(speculate.draft_model, self._caches[1])
         return LookupDrafter()
+
+    @property
+    def caches(self) -> Sequence[PagedCache]:
+        """The model's, and those of what drafts for it."""
+        return self._caches
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have parts of these caches."""
+        return self._leader is not None
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """In every cache, one after the other; before anything of the step that has them."""
@@ -87,25 +101,38 @@ class Runner:
                 raise ValueError(f"the drafter proposed the id {token}: the vocabulary has {vocab_size}")
         return step.with_drafts(drafts)
 
-    def run(self, step: Step, rows: Sequence[int]) -> tuple[Logits, Tensor | None]:
-        """Logits at some rows of the step's flat batch, and the states for `follow` if that wants them."""
-        records = not isinstance(self._drafter, MtpDrafter) and list(rows) == list(range(len(step.chunks)))
+    def run(self, step: Step, rows: Sequence[int], look: Look | None = None) -> tuple[Logits, Tensor | None]:
+        """Logits at some rows of the step's flat batch, and the states for `follow` if that wants them. Raises TeamLost
+        where several processes hold the model and the step fails in any of them. look: watches the model.
+        """
+        with self._led(step, rows):
+            return self._run_here(step, rows, look)
+
+    def _led(self, step: Step, rows: Sequence[int]) -> AbstractContextManager[None]:
+        return nullcontext() if self._leader is None else self._leader.runs(step, rows)
+
+    def _run_here(self, step: Step, rows: Sequence[int], look: Look | None) -> tuple[Logits, Tensor | None]:
+        records = (
+            look is None and not isinstance(self._drafter, MtpDrafter) and list(rows) == list(range(len(step.chunks)))
+        )
         # Between two replayed steps nothing touches PyTorch, which is slow to call when the caches are cold.
         if records and (logits := self._recorded.replay(step.chunks)) is not None:
             return logits, None
         with torch.inference_mode(), ops.exactly(self._exact):
             if records and (logits := self._recorded.record(step.chunks)) is not None:
                 return logits, None
-            logits_NV, states = self._run(step, rows)
+            logits_NV, states = self._run(step, rows, look)
             return Logits(logits_NV), states
 
-    def _run(self, step: Step, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def _run(self, step: Step, rows: Sequence[int], look: Look | None) -> tuple[Tensor, Tensor | None]:
         fed, pasts = [chunk.fed for chunk in step.chunks], [chunk.past for chunk in step.chunks]
         batch, view = feed(self._caches[0], step.chunks, fed, pasts, self._model.device)
         rows_N = torch.tensor(rows, dtype=torch.int64, device=self._model.device)
-        if not isinstance(self._drafter, MtpDrafter):
+        if look is None and not isinstance(self._drafter, MtpDrafter):
             return self._model(batch, view, rows=rows_N), None
-        states = self._model.states(batch, view)
+        states = self._model.states(batch, view, look)
+        if look is not None:
+            look.ran(step.num_tokens)
         return self._model.head(self._model.finish(states[rows_N])), states
 
     def follow(self, step: Step, states: Tensor | None, chosen: Mapping[str, Sequence[int]]) -> None:

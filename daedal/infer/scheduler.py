@@ -1,104 +1,21 @@
 """Which tokens run in the next step: continuous batching over one flat batch, with chunked prefill and preemption.
 
-First come, first served. Every running request is older than every waiting one, and the oldest always advances: it may
-take the pages of the youngest, whose tokens are then fed again later. So nobody starves and nothing is lost. Where
-tokens may be drafted, places for them come last: they take what requests leave. A request starts behind the longest
-beginning that the cache still holds (`prefixes`). Knows token ids, page and state numbers only: no torch, no model, no
-sampling, no text, and not who drafts.
+Who is served first is settled by `waiting`: among equals whoever came first. Of the running requests the first always
+advances: it may take the pages of the last, whose tokens are then fed again later. So nobody starves and nothing is
+lost. Where tokens may be drafted, places for them come last: they take what requests leave. A request starts behind the
+longest beginning that the cache still holds (`prefixes`), once there is room for what it and all that run will probably
+grow to. Knows token ids, page and state numbers only: no torch, no model, no sampling, no text, and not who drafts.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
+from daedal.infer.forecast import Ahead, Answers
 from daedal.infer.pages import PageAllocator
 from daedal.infer.prefixes import Chain, Copy, Prefixes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Part of one step: `ids`, then `drafts`, run at positions `past` onwards; their cache rows lie on the pages of
-    `table` and in the rings `state`.
-
-    samples: whether the logits of the last of `ids` choose the request's next token. following: the token after `ids`
-    where it is known already, in a prompt that is not read to its end. max_drafts: tokens that may be tried after
-    `ids`; the pages have room for them, and the answer a use. before: the tokens before `past`, where the request has
-    just started behind a beginning that the cache held.
-    """
-
-    request_id: str
-    ids: tuple[int, ...]
-    past: int
-    table: tuple[int, ...]
-    state: int
-    samples: bool
-    following: int | None = None
-    before: tuple[int, ...] = ()
-    max_drafts: int = 0
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def fed(self) -> tuple[int, ...]:
-        """All tokens that run."""
-        return self.ids + self.drafts
-
-    @property
-    def end(self) -> int:
-        """The position after `ids`: that of the first draft."""
-        return self.past + len(self.ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What runs together. `preempted`: requests that lost their pages while it was made, youngest first. `copies`: what
-    must be copied before anything runs, one after the other.
-    """
-
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[str, ...] = ()
-    copies: tuple[Copy, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(chunk.fed) for chunk in self.chunks)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Those that are read beside single tokens of answers; the last one of a prompt passes for such."""
-        return sum(len(chunk.ids) for chunk in self.chunks if len(chunk.ids) > 1)
-
-    def with_drafts(self, drafts: Mapping[str, Sequence[int]]) -> "Step":
-        """The same step with tokens drafted for some requests, at most `max_drafts` each."""
-        assert all(len(drafts.get(chunk.request_id, ())) <= chunk.max_drafts for chunk in self.chunks)
-        chunks = (replace(chunk, drafts=tuple(drafts.get(chunk.request_id, ()))) for chunk in self.chunks)
-        return replace(self, chunks=tuple(chunks))
-
-
-@dataclass(kw_only=True, eq=False)
-class _Sequence:
-    """`tokens`: prompt and answer; the first `num_cached` of them have their rows on the pages of `table`, the last few
-    of these in the rings `state`. most: tokens that prompt and answer can have together. begun: it has just started
-    behind a beginning, and its first chunk is to come.
-    """
-
-    id: str
-    tokens: list[int]
-    generates: bool
-    most: int
-    chain: Chain
-    num_cached: int = 0
-    table: tuple[int, ...] = ()
-    state: int | None = None
-    begun: bool = False
-
-    @property
-    def num_remaining(self) -> int:
-        return len(self.tokens) - self.num_cached
-
-    @property
-    def answers(self) -> bool:
-        """Whether all but the newest of its tokens are read."""
-        return self.num_remaining == 1 and self.num_cached > 0
+from daedal.infer.step import Chunk, Step
+from daedal.infer.track import Track
+from daedal.infer.waiting import Waiting
 
 
 class Scheduler:
@@ -108,7 +25,7 @@ class Scheduler:
     max_drafts: tokens that may be drafted for a request in a step. chunk: where given, prompts are fed in chunks of so
     many tokens, whatever else runs, and a request starts only when there are pages for all it may ever feed: then in
     which pieces a request is computed depends on itself alone. At most `max_step_tokens - max_batch`. prefixes: where
-    given, the beginnings on these pages; with `chunk` its unit is a multiple of that.
+    given, the beginnings on these pages; with `chunk` its unit is a multiple of that. answers: how long they become.
     Every request must fit the pages alone (`PageAllocator.num_pages`, for all tokens it will ever feed): the caller
     refuses others.
     """
@@ -123,6 +40,7 @@ class Scheduler:
         max_drafts: int = 0,
         chunk: int | None = None,
         prefixes: Prefixes | None = None,
+        answers: Answers | None = None,
     ):
         assert chunk is None or 0 < chunk <= max_step_tokens - max_batch
         assert chunk is None or prefixes is None or prefixes.unit % chunk == 0
@@ -133,10 +51,12 @@ class Scheduler:
         self._max_drafts = max_drafts
         self._chunk_size = chunk
         self._prefixes = prefixes or Prefixes(pages, page_size=page_size, unit=page_size, keeps=False)
-        self._copies: list[Copy] = []  # of the step that is being scheduled
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
-        self._sequences: dict[str, _Sequence] = {}
+        self._copies: list[Copy] = []  # of the step that is being scheduled, as are those started in it
+        self._started: list[str] = []
+        self._answers = answers or Answers()
+        self._waiting = Waiting()
+        self._running: list[Track] = []  # the most urgent first
+        self._sequences: dict[str, Track] = {}
         self._free_states = list(reversed(range(max_batch)))
         self.num_preemptions = 0
 
@@ -156,32 +76,57 @@ class Scheduler:
         """Tokens of its prompt that a request did not feed when it first started."""
         return self._sequences[request_id].chain.num_reused or 0
 
+    def beginning(self, request_id: str) -> tuple[Chain, Sequence[int], Sequence[int]]:
+        """A running request's tokens and pages, as `Prefixes` takes them."""
+        track = self._sequences[request_id]
+        return track.chain, track.tokens, track.table
+
+    def num_answered(self, request_id: str) -> int:
+        """Tokens of its answer so far."""
+        track = self._sequences[request_id]
+        return len(track.tokens) - track.num_prompt
+
+    def ahead(self, priority: int) -> Ahead:
+        """What a request of this priority would wait for, if it came now."""
+        reading = sum(one.num_remaining for one in self._running if not one.answers)
+        before = [self._sequences[name] for name in self._waiting.before(priority)]
+        starts = max(len(self._running) + len(before) + 1 - self._max_batch, 0)
+        return Ahead(prompt_tokens=reading + sum(len(one.tokens) for one in before), starts=starts)
+
     def add(
-        self, request_id: str, prompt: tuple[int, ...], *, max_answer: int, salt: str = "", reuses: bool = True
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        *,
+        max_answer: int,
+        salt: str = "",
+        reuses: bool = True,
+        priority: int = 0,
     ) -> None:
         """Queues a request for at most `max_answer` tokens; 0 feeds the prompt and samples nothing.
 
-        salt: whose beginnings it shares. reuses: False for one that must feed all of its prompt.
+        salt: whose it is, and so whose beginnings it shares and with whom it takes turns. reuses: False for one that
+        must feed all of its prompt. priority: lower ones go first.
         """
         assert prompt
         assert request_id not in self._sequences
         # Where pieces decide, only those that every prompt is cut into may stand for one another.
         whole = None if self._chunk_size is None else len(prompt) // self._chunk_size * self._chunk_size
-        sequence = _Sequence(
+        sequence = Track(
             id=request_id,
             tokens=list(prompt),
-            generates=max_answer > 0,
+            num_prompt=len(prompt),
             most=len(prompt) + max_answer,
             chain=self._prefixes.chain(salt=salt, reuses=reuses, most=whole),
+            place=self._waiting.come(request_id, priority=priority, owner=salt),
         )
         self._sequences[request_id] = sequence
-        self._waiting.append(sequence)
 
     def remove(self, request_id: str) -> None:
         """Forgets a request, finished or cancelled, and frees its pages at once."""
         sequence = self._sequences.pop(request_id)
         if sequence.state is None:
-            self._waiting.remove(sequence)
+            self._waiting.leave(sequence.place)
         else:
             self._running.remove(sequence)
             self._release(sequence)
@@ -195,8 +140,8 @@ class Scheduler:
         Drafts take what is left of the budget and of the pages; of the budget that answers under way leave, half is
         theirs before prompts, so that a long prompt does not silence them, nor they it.
         """
-        preempted: list[str] = []
-        self._copies = []
+        self._copies, self._started = [], []
+        preempted = self._make_way()
         prompts = self._max_step_tokens
         if most_prompt_tokens is not None and self._chunk_size is None:
             assert most_prompt_tokens > 0
@@ -212,7 +157,12 @@ class Scheduler:
                 num_drafts = self._place_drafts(sequence, min(self._useful_drafts(sequence), budget))
                 budget -= num_drafts
             chunks.append(self._chunk(sequence, count, num_drafts))
-        return Step(chunks=tuple(chunks), preempted=tuple(preempted), copies=tuple(self._copies))
+        return Step(
+            chunks=tuple(chunks),
+            preempted=tuple(preempted),
+            copies=tuple(self._copies),
+            started=tuple(self._started),
+        )
 
     def commit(self, step: Step, sampled: Mapping[str, Sequence[int]]) -> None:
         """Records that `step` ran and which tokens each request with `samples` chose: one, and one more for each draft
@@ -235,35 +185,36 @@ class Scheduler:
             settled = before if self._max_drafts else sequence.num_cached
             self._prefixes.note(sequence.chain, sequence.tokens, sequence.table, settled)
 
-    def _shares(self, budget: int, prompts: int, preempted: list[str]) -> list[tuple[_Sequence, int]]:
+    def _shares(self, budget: int, prompts: int, preempted: list[str]) -> list[tuple[Track, int]]:
         """How many of its tokens each request feeds, `budget` in all and `prompts` of those that are not answering;
         pages for them are allocated.
 
-        A prompt takes all the budget that is left, so whoever started before it is past its own prompt: one pass in
-        order of arrival lets every answer under way go on and gives the rest to prompts.
+        Answers under way come first, each with one token, and the rest is for prompts: those that run, in order, then
+        those that can start. Of a budget smaller than the batch the first request has a token in any case.
         """
-        shares: list[tuple[_Sequence, int]] = []
-        index = 0
-        while index < len(self._running) and budget > 0:
-            sequence = self._running[index]
-            answers = sequence.answers
-            count = self._share(sequence, budget if answers else min(budget, prompts))
-            if count > 0 and self._grow(sequence, count, preempted):
+        shares: list[tuple[Track, int]] = []
+        answering = [sequence for sequence in self._running if sequence.answers]
+        reading = [sequence for sequence in self._running if not sequence.answers]
+        kept = int(bool(reading) and reading[0] is self._running[0])
+        for sequence in answering:
+            if sequence.state is None or budget <= kept:  # it has just given up its pages
+                continue
+            if (count := self._share(sequence, budget)) and self._grow(sequence, count, preempted):
                 shares.append((sequence, count))
                 budget -= count
-                prompts -= 0 if answers else count
-            index += 1
-        # Who has just given pages back, waits for the next step.
-        while not preempted and min(budget, prompts) > 0 and self._admit():
-            sequence = self._running[-1]
-            count = self._share(sequence, min(budget, prompts))
-            if count > 0:
+        prompts = min(prompts, budget)
+        for sequence in reading:
+            if sequence.state is not None and (count := self._share(sequence, prompts)):
                 shares.append((sequence, count))
-            budget -= count
-            prompts -= count
+                prompts -= count
+        # Who has just given pages back, waits for the next step.
+        while prompts > 0 and (started := self._admit(preempted)) is not None:
+            if count := self._share(started, prompts):
+                shares.append((started, count))
+                prompts -= count
         return shares
 
-    def _share(self, sequence: _Sequence, budget: int) -> int:
+    def _share(self, sequence: Track, budget: int) -> int:
         """How many of its remaining tokens a request feeds next."""
         if self._chunk_size is None:
             ends = (cut - sequence.num_cached for cut in sequence.chain.cuts if cut > sequence.num_cached)
@@ -279,7 +230,7 @@ class Scheduler:
         answering = sum(sequence.num_remaining == 1 for sequence in self._running)
         return min(wanted, max(self._max_step_tokens - answering, 0) // 2)
 
-    def _keep_ring(self, sequence: _Sequence) -> None:
+    def _keep_ring(self, sequence: Track) -> None:
         """For those who may start from where the sequence has come to."""
         assert sequence.state is not None
         self._copy(
@@ -288,7 +239,7 @@ class Scheduler:
             )
         )
 
-    def _useful_drafts(self, sequence: _Sequence) -> int:
+    def _useful_drafts(self, sequence: Track) -> int:
         """Drafts that could become part of the answer: none before all tokens are read, and after all of them one more
         token is chosen.
         """
@@ -296,7 +247,7 @@ class Scheduler:
             return 0
         return min(self._max_drafts, sequence.most - len(sequence.tokens) - 1)
 
-    def _place_drafts(self, sequence: _Sequence, count: int) -> int:
+    def _place_drafts(self, sequence: Track, count: int) -> int:
         """How many of `count` drafts have room after the sequence's tokens, on free pages if need be."""
         if count <= 0:
             return 0
@@ -305,24 +256,44 @@ class Scheduler:
         self._allocate(sequence, min(missing, self._pages.num_free))
         return min(count, len(sequence.table) * self._page_size - length)
 
-    def _grow(self, sequence: _Sequence, count: int, preempted: list[str]) -> bool:
-        """Gives `sequence` the pages for `count` more tokens, taken from the youngest where none are free.
+    def _grow(self, sequence: Track, count: int, preempted: list[str]) -> bool:
+        """Gives `sequence` the pages for `count` more tokens, taken from the last of all where none are free.
 
-        False if `sequence` is the youngest itself: it keeps what it has and sits this step out.
+        False if `sequence` is the last itself: it keeps what it has and sits this step out.
         """
         missing = self._pages_for(sequence.num_cached + count) - len(sequence.table)
         while missing > self._pages.num_free and self._running[-1] is not sequence:
-            preempted.append(self._preempt_youngest())
+            preempted.append(self._preempt(self._running[-1]))
         return self._allocate(sequence, missing)
 
-    def _preempt_youngest(self) -> str:
-        sequence = self._running.pop()
+    def _make_way(self) -> list[str]:
+        """The least urgent of all give up their places where a more urgent request can then start at once.
+
+        Not where prompts are fed in chunks of a size: what was answered would be read again in other pieces.
+        """
+        first = self._waiting.first()
+        if first is None or self._chunk_size is not None or not self._running:
+            return []
+        sequence = self._sequences[first.request_id]
+        leaving: list[Track] = []
+        for victim in reversed(self._running):
+            if not victim.place.yields_to(first) or self._fits(sequence, leaving):
+                break
+            leaving.append(victim)
+        if not leaving or not self._fits(sequence, leaving):
+            return []
+        for victim in leaving:
+            victim.place.yielded = True
+        return [self._preempt(victim) for victim in leaving]
+
+    def _preempt(self, sequence: Track) -> str:
+        self._running.remove(sequence)
         self._release(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.come_back(sequence.place)
         self.num_preemptions += 1
         return sequence.id
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: Track) -> None:
         """Takes back what a running request holds."""
         assert sequence.state is not None
         self._prefixes.leave(sequence.chain, sequence.tokens, sequence.table)
@@ -330,31 +301,59 @@ class Scheduler:
         self._free_states.append(sequence.state)
         sequence.table, sequence.state, sequence.num_cached = (), None, 0
 
-    def _admit(self) -> bool:
-        """Starts the oldest waiting request, if pages for all its tokens are free.
-
-        All at once, although the first chunk may need few: prompts that are admitted by halves evict one another.
-        """
-        if not self._waiting or len(self._running) >= self._max_batch:
-            return False
-        sequence = self._waiting[0]
-        found = self._prefixes.find(sequence.chain, sequence.tokens)
-        # The last token of an answer is never fed.
-        num_tokens = len(sequence.tokens) if self._chunk_size is None else max(sequence.most - 1, len(sequence.tokens))
-        if not self._allocate(sequence, self._pages_for(num_tokens)):
+    def _admit(self, preempted: Sequence[str]) -> Track | None:
+        """Starts the first of those that wait, if there is room for it, and it is none of `preempted`."""
+        first = self._waiting.first()
+        if first is None or first.request_id in preempted:
+            return None
+        sequence = self._sequences[first.request_id]
+        if not self._fits(sequence):
             assert self._running, "a request that can never fit was added"
-            return False
+            return None
+        found = self._prefixes.find(sequence.chain, sequence.tokens)
+        allocated = self._allocate(sequence, self._pages_for(self._to_start(sequence)))
+        assert allocated
         sequence.state = self._free_states.pop()
-        self._running.append(self._waiting.popleft())
+        self._waiting.start(first)
+        self._started.append(first.request_id)
+        insort(self._running, sequence, key=_rank)
         self._copy(self._prefixes.begin(sequence.chain, sequence.tokens, found, sequence.table, sequence.state))
         sequence.num_cached, sequence.begun = found.num_tokens, bool(found.pages)
-        return True
+        return sequence
+
+    def _fits(self, sequence: Track, leaving: Sequence[Track] = ()) -> bool:
+        """Whether a request can start once those that are `leaving` have left: all its tokens have pages, and so has
+        what it and the others will probably come to. Alone it always fits.
+
+        All its tokens at once, although the first chunk may need few: prompts that are admitted by halves evict one
+        another.
+        """
+        staying = [one for one in self._running if one not in leaving]
+        if len(staying) >= self._max_batch:
+            return False
+        free = self._pages.num_free + sum(len(one.table) for one in leaving)
+        needed = self._pages_for(self._to_start(sequence))
+        if not staying:
+            return needed <= free
+        grown = max(needed, self._pages_for(self._expected(sequence)))
+        growth = sum(max(self._pages_for(self._expected(one)) - len(one.table), 0) for one in staying)
+        return grown + growth <= free
+
+    def _to_start(self, sequence: Track) -> int:
+        """Tokens that have pages when a request starts."""
+        # The last token of an answer is never fed.
+        return len(sequence.tokens) if self._chunk_size is None else max(sequence.most - 1, len(sequence.tokens))
+
+    def _expected(self, sequence: Track) -> int:
+        """Tokens that prompt and answer will probably come to."""
+        num_tokens, num_prompt = len(sequence.tokens), sequence.num_prompt
+        return num_tokens + self._answers.left(num_tokens - num_prompt, sequence.most - num_prompt)
 
     def _copy(self, copy: Copy | None) -> None:
         if copy is not None:
             self._copies.append(copy)
 
-    def _allocate(self, sequence: _Sequence, count: int) -> bool:
+    def _allocate(self, sequence: Track, count: int) -> bool:
         if count <= 0:
             return True
         pages = self._pages.allocate(count, after=sequence.table[-1] if sequence.table else None)
@@ -364,7 +363,7 @@ class Scheduler:
         sequence.table += tuple(pages)
         return True
 
-    def _chunk(self, sequence: _Sequence, count: int, max_drafts: int) -> Chunk:
+    def _chunk(self, sequence: Track, count: int, max_drafts: int) -> Chunk:
         past, end = sequence.num_cached, sequence.num_cached + count
         assert sequence.state is not None
         begun, sequence.begun = sequence.begun, False
@@ -382,3 +381,7 @@ class Scheduler:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
+
+
+def _rank(sequence: Track) -> tuple[bool, int, int, int]:
+    return sequence.place.rank

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from daedal.errors import ConfigError
 from daedal.infer.cache import REWIND
-from daedal.infer.scheduler import Step
+from daedal.infer.step import Step
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer

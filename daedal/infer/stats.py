@@ -45,3 +45,14 @@ class EngineStats:
     spent_total: Spent | None = None
     prefix_queries_total: int = 0
     prefix_hits_total: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSeen:
+    """How often each expert was chosen by `num_tokens` tokens: `counts[i][e]` in layer `layers[i]`. Empty for a model
+    without experts.
+    """
+
+    layers: tuple[int, ...] = ()
+    counts: tuple[tuple[int, ...], ...] = ()
+    num_tokens: int = 0

@@ -13,6 +13,7 @@ import daedal
 from daedal import ops
 from daedal.checkpoint.save import save
 from daedal.infer.engine import Engine
+from daedal.infer.looking import Look
 from daedal.infer.request import Request, SamplingParams
 from daedal.infer.sampling import Logits
 from daedal.infer.scheduler import Step
@@ -64,9 +65,9 @@ class Watched:
         self._run = engine._runner.run
         engine._runner.run = self._note
 
-    def _note(self, step: Step, rows: Sequence[int]) -> tuple[Logits, Tensor | None]:
+    def _note(self, step: Step, rows: Sequence[int], look: Look | None = None) -> tuple[Logits, Tensor | None]:
         known = [recorded.logits for recorded in self.recorded._steps.values()]
-        logits, states = self._run(step, rows)
+        logits, states = self._run(step, rows, look)
         self.replayed += any(logits is one for one in known)
         self.sizes.append(len(step.chunks))
         self.logits.append(logits.tensor.clone())
