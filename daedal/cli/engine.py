@@ -7,13 +7,14 @@ and shows what takes long. Knows nothing of HTTP.
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from daedal.cli.drafting import Drafting
 from daedal.cli.log_format import LogFormat, use
 from daedal.cli.opening import Limits, Opened, open_model, say
+from daedal.cli.placement import Placement
 from daedal.cli.precision import DtypeName
 from daedal.cli.tariff import Rates
 from daedal.cli.units import in_bytes
@@ -38,6 +39,7 @@ class Wish:
     drafting: Drafting
     rates: Rates
     log_format: LogFormat = "text"
+    placement: Placement = field(default_factory=Placement)
 
     def options(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -74,7 +76,11 @@ def main() -> None:
     from daedal.serve.engine_host import host
 
     configure_logging(os.environ.get("DAEDAL_LOG", ""))
-    host(int(sys.argv[1]), _make)
+    try:
+        host(int(sys.argv[1]), _make)
+    except SystemExit as lost:  # the processes that hold the model are no longer together
+        say(f"daedal: {lost}")
+        os._exit(1)
 
 
 def _make(options: Mapping[str, Any]) -> "Hosted":
@@ -94,6 +100,8 @@ def _make(options: Mapping[str, Any]) -> "Hosted":
         chat_format=wish.chat_format,
         drafting=wish.drafting,
         tariff=wish.rates.tariff(on_cpu=on_cpu),
+        placement=wish.placement,
+        log_format=wish.log_format,
     )
     _tell(opened, wish.limits.max_batch)
     facts = Facts(

@@ -4,7 +4,7 @@ Says on stderr what it chose and why. Knows nothing of how the engine is then us
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from daedal import shapes
+from daedal.cli.beginnings import Beginnings
 from daedal.cli.drafting import Drafting
 from daedal.cli.fetching import FetchDisplay, resolve_shown, shown
+from daedal.cli.log_format import LogFormat
+from daedal.cli.placement import Placement
 from daedal.cli.precision import DtypeName, Precision, choose_dtype
-from daedal.cli.weights import WeightsName, choose_weights
+from daedal.cli.rank import open_shared
+from daedal.cli.weights import Weights, WeightsName, choose_weights
 from daedal.cost import count
 from daedal.cost.spending import Tariff
 from daedal.errors import RequestError, TemplateError
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from daedal.infer.engine import Engine
+    from daedal.mesh import Team
     from daedal.model.transformer import Transformer
     from daedal.text.chat import ChatFormat
     from daedal.text.tokenizer import Tokenizer
@@ -56,8 +61,8 @@ FormatOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the engine may use; None leaves it to the engine. deterministic, kv_cache_dtype, prefill_ms,
-    prefix_caching: as `Engine` has them.
+    """What the engine may use; None leaves it to the engine. deterministic, kv_cache_dtype, prefill_ms: as `Engine` has
+    them.
     """
 
     cache_gb: float | None = None
@@ -67,7 +72,7 @@ class Limits:
     deterministic: bool = False
     prefill_ms: float | None = None
     kv_cache_dtype: KvCacheName = "auto"
-    prefix_caching: bool = True
+    beginnings: Beginnings = field(default_factory=Beginnings)
 
     def __post_init__(self) -> None:
         if self.cache_gb is not None and not 0 < self.cache_gb <= 1e6:
@@ -82,6 +87,11 @@ class Limits:
         for name, value, least in at_least:
             if value is not None and value < least:
                 raise RequestError(f"{name} is {value}: it must be at least {least}")
+
+    @property
+    def max_requests(self) -> int | None:
+        """That the engine takes at once, running and waiting."""
+        return None if self.max_waiting is None else self.max_batch + self.max_waiting
 
     @property
     def cache_bytes(self) -> int | None:
@@ -119,39 +129,40 @@ def open_model(
     chat_format: str | None = None,
     drafting: Drafting | None = None,
     tariff: Tariff | None = None,
+    placement: Placement | None = None,
+    log_format: LogFormat = "text",
 ) -> Opened:
     """Fetches (if need be), loads, and builds the engine. A DaedalError says what is wrong with any of it.
 
     chat_format: the name of one; without it, a checkpoint whose format cannot be told is opened all the same.
-    drafting: who drafts, if anybody. tariff: by which the engine counts costs, if it does.
+    drafting: who drafts, if anybody. tariff: by which the engine counts costs, if it does. placement: what else shares
+    the machine, or the model; log_format: of those processes that hold the model with this one.
     """
-    import torch
-
     from daedal.checkpoint.load import resolve_device
     from daedal.infer.engine import Engine
-    from daedal.ops.backends.cpu.program import pending
     from daedal.text.tokenizer import Tokenizer
 
+    placement = placement or Placement()
     directory = resolve_shown(name)
-    chosen_device = resolve_device(device)
-    precision = choose_dtype(dtype, chosen_device)
-    if chosen_device.type == "cpu" and pending():
-        say("compiling the native kernels for this machine, once: about a minute")
-    chosen = choose_weights(weights, directory, chosen_device, full_precision=dtype == "float32")
-    if chosen.format is not None and dtype == "auto":
-        precision = Precision(dtype=torch.bfloat16, reason="packed weights compute in it")
-    say(f"{name} on {chosen_device} in {precision}")
-    if weights == "auto" and dtype != "float32":
-        say(str(chosen))
+    kind = resolve_device(device)
+    chosen_device = placement.device(kind)
+    placement.share_cores(chosen_device)
+    precision, chosen = _settled(name, directory, chosen_device, dtype, weights, placement)
     tokenizer = Tokenizer.load(directory)
     format, without_chat = _chat_format(directory, chat_format)
     drafting = drafting or Drafting()
     speculate = drafting.open(device=chosen_device, dtype=precision.dtype)
-    model = _load_shown(directory, chosen.format, chosen_device, precision.dtype, mtp=drafting.by_module)
+    load = partial(_load_shown, directory, chosen.format, chosen_device, precision.dtype, mtp=drafting.by_module)
+    if placement.ranks == 1:
+        model = load()
+    else:
+        model = open_shared(
+            directory, load, device=kind, dtype=precision.dtype, placement=placement, log_format=log_format
+        )
     engine = Engine(
         model,
         tokenizer=tokenizer,
-        cache_bytes=limits.cache_bytes,
+        cache_bytes=limits.cache_bytes or placement.cache_bytes(chosen_device),
         max_batch=limits.max_batch,
         max_waiting=limits.max_waiting,
         max_context=limits.max_context,
@@ -159,7 +170,8 @@ def open_model(
         deterministic=limits.deterministic,
         prefill_ms=limits.prefill_ms,
         kv_cache_dtype=limits.kv_cache_dtype,
-        prefix_caching=limits.prefix_caching,
+        prefix_caching=limits.beginnings.shared,
+        prefix_directory=limits.beginnings.kept(directory, chosen.format, drafting.directory),
         tariff=tariff,
     )
     return Opened(
@@ -171,6 +183,29 @@ def open_model(
         chat_format=format,
         without_chat=without_chat,
     )
+
+
+def _settled(
+    name: str, directory: Path, device: "torch.device", dtype: DtypeName, weights: WeightsName, placement: Placement
+) -> tuple[Precision, Weights]:
+    """In which format to compute and in which to keep the weights; says so."""
+    import torch
+
+    from daedal.ops.backends.cpu.program import pending
+
+    precision = choose_dtype(dtype, device)
+    if device.type == "cpu" and pending():
+        say("compiling the native kernels for this machine, once: about a minute")
+    if placement.ranks > 1 and weights == "auto":
+        chosen = Weights(format=None, reason=f"{placement.ranks} processes share them, which packed ones cannot be")
+    else:
+        chosen = choose_weights(weights, directory, device, full_precision=dtype == "float32")
+    if chosen.format is not None and dtype == "auto":
+        precision = Precision(dtype=torch.bfloat16, reason="packed weights compute in it")
+    say(f"{name} on {device} in {precision}")
+    if weights == "auto" and dtype != "float32":
+        say(str(chosen))
+    return precision, chosen
 
 
 def _chat_format(directory: Path, named: str | None) -> "tuple[ChatFormat | None, str | None]":
@@ -186,14 +221,20 @@ def _chat_format(directory: Path, named: str | None) -> "tuple[ChatFormat | None
 
 
 def _load_shown(
-    directory: Path, weights: str | None, device: "torch.device", dtype: "torch.dtype", *, mtp: bool
+    directory: Path,
+    weights: str | None,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    team: "Team | None" = None,
+    *,
+    mtp: bool,
 ) -> "Transformer":
     """The model, with a bar where there is something to wait for: packed weights are mapped, once they are packed."""
     from daedal.checkpoint.load import load
 
     def fill(display: FetchDisplay) -> "Transformer":
         progress = None if weights is None else partial(display, f"packing weights as {weights}")
-        return load(directory, device=device, dtype=dtype, weights=weights, mtp=mtp, progress=progress)
+        return load(directory, device=device, dtype=dtype, weights=weights, mtp=mtp, progress=progress, team=team)
 
     return shown(fill)
 

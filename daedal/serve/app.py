@@ -1,13 +1,15 @@
 """The web application: which path leads where, and the headers that every answer carries.
 
 `/v1/...` is the OpenAI API, with Anthropic's Messages beside it; `/tokenize` and `/detokenize` show tokens; `/health`,
-`/ready` and `/metrics` are for machines that look after this one; `/` is the chat page and `/stats` its live numbers.
+`/ready` and `/metrics` are for machines that look after this one; `/openapi.json` describes all that; `/` is the chat
+page and `/stats` its live numbers.
 Knows nothing of sockets and processes.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -23,10 +25,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from daedal.errors import DaedalError
 from daedal.serve.chat import ChatEndpoint
 from daedal.serve.completions import CompletionEndpoint
+from daedal.serve.door import Door
 from daedal.serve.errors import ApiError, answer_error
 from daedal.serve.keys import OPEN, KeyGate
 from daedal.serve.limits import unknown_model
 from daedal.serve.messages import MessagesEndpoint
+from daedal.serve.openapi import document
 from daedal.serve.request_log import RequestLog
 from daedal.serve.responses import ResponsesEndpoint
 from daedal.serve.service import Service
@@ -49,7 +53,13 @@ def build_app(service: Service) -> Starlette:
     handled = (ApiError, DaedalError, GenerationFailed, HTTPException, WorkerStopped, Exception)
     app = Starlette(
         routes=[*_model_routes(service), *_api_routes(service), *_watch_routes(service), *_page_routes()],
-        middleware=[Middleware(RequestLog, service.model_name), Middleware(_SecurityHeaders), *gate],
+        middleware=[
+            *map(Middleware, service.layers),
+            Middleware(RequestLog, service.model_name),
+            Middleware(_SecurityHeaders),
+            *gate,
+            Middleware(Door, service),
+        ],
         exception_handlers={kind: answer_error for kind in handled},
         lifespan=_lifespan(service),
     )
@@ -103,8 +113,7 @@ def _api_routes(service: Service) -> list[Route]:
         Route("/v1/completions", CompletionEndpoint(service).answer, methods=["POST"]),
         Route("/v1/responses", responses.create, methods=["POST"]),
         Route("/v1/responses/input_tokens", responses.count, methods=["POST"]),
-        Route("/v1/responses/{name}", responses.retrieve, methods=["GET"]),
-        Route("/v1/responses/{name}", responses.delete, methods=["DELETE"]),
+        Route("/v1/responses/{name}", responses.stored, methods=["GET", "DELETE"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
@@ -126,11 +135,22 @@ def _watch_routes(service: Service) -> list[Route]:
     async def stats(_: Request) -> Response:
         return JSONResponse(service.snapshot(), headers={"Cache-Control": "no-store"})
 
+    async def experts(_: Request) -> Response:
+        looks, seen = service.worker.look()
+        return JSONResponse({"looks": looks, **asdict(seen)}, headers={"Cache-Control": "no-store"})
+
+    described = document(keys=service.keys is not None)
+
+    async def openapi(_: Request) -> Response:
+        return JSONResponse(described)
+
     return [
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/stats", stats, methods=["GET"]),
+        Route("/experts", experts, methods=["GET"]),
+        Route("/openapi.json", openapi, methods=["GET"]),
     ]
 
 

@@ -13,7 +13,7 @@ from daedal.infer.request import Output
 from daedal.serve.chat_protocol import ChatBody
 from daedal.serve.errors import ApiError
 from daedal.serve.generation import Answer, Choice, Generation, collect
-from daedal.serve.keys import Charge, free
+from daedal.serve.keys import Asker, Charge, free
 from daedal.serve.limits import admit, room, seconds_for
 from daedal.serve.prompt import write_prompt
 from daedal.serve.rules import rule_of
@@ -62,15 +62,15 @@ async def ask(
     request_id: str,
     *,
     param: str = "messages",
-    charge: Charge = free,
-    salt: str = "",
+    asker: Asker | None = None,
 ) -> Asked:
-    """Everything up to the engine's door. ApiError for what cannot be answered; param: what brought the prompt. salt:
-    of every choice.
-    """
+    """Everything up to the engine's door. ApiError for what cannot be answered; param: what brought the prompt."""
+    asker = asker or Asker()
     admit(service, body)
-    asked = await run_in_threadpool(_ask, service, body, chat_format(service), request_id, param, salt)
-    return replace(asked, charge=charge, seconds=seconds_for(service, body))
+    priority = asker.priority(body.priority)
+    asked = await run_in_threadpool(_ask, service, body, chat_format(service), request_id, param)
+    choices = [replace(choice, salt=asker.salt, priority=priority) for choice in asked.choices]
+    return replace(asked, choices=choices, charge=asker.charge, seconds=seconds_for(service, body))
 
 
 def chat_format(service: Service) -> ChatFormat:
@@ -89,7 +89,7 @@ def count_prompt(service: Service, body: ChatBody) -> int:
     return len(service.tokenizer.encode(write_prompt(body, chat_format(service)).text, add_special_tokens=False))
 
 
-def _ask(service: Service, body: ChatBody, format: ChatFormat, request_id: str, param: str, salt: str) -> Asked:
+def _ask(service: Service, body: ChatBody, format: ChatFormat, request_id: str, param: str) -> Asked:
     written = write_prompt(body, format)
     prompt = tuple(service.tokenizer.encode(written.text, add_special_tokens=False))
     max_tokens = room(service, prompt, body.asked_tokens(), param=param)
@@ -100,6 +100,6 @@ def _ask(service: Service, body: ChatBody, format: ChatFormat, request_id: str, 
         params = body.sampling(choice=index, max_tokens=max_tokens, logprobs=body.num_logprobs)
         if format.shows_special_tokens:
             params = replace(params, skip_special_tokens=False)
-        choices.append(Choice(prompt=prompt, params=params, text=written.text, structure=structure, salt=salt))
+        choices.append(Choice(prompt=prompt, params=params, text=written.text, structure=structure))
     turns = [Turn(format.parser(written.opening, calls=body.looks_for_calls)) for _ in choices]
     return Asked(service=service, request_id=request_id, choices=choices, turns=turns)

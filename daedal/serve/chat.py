@@ -13,7 +13,7 @@ from daedal.serve.chat_protocol import ChatBody
 from daedal.serve.costs import cost_json
 from daedal.serve.delivery import EventStream, nobody, unless_gone
 from daedal.serve.generation import Generation, new_id, num_cached, spent, usage
-from daedal.serve.keys import charge_of, salt_of
+from daedal.serve.keys import asker_of
 from daedal.serve.logprob_rows import chat_rows
 from daedal.serve.protocol import StreamOptions
 from daedal.serve.service import Service
@@ -29,7 +29,7 @@ class ChatEndpoint:
 
     async def answer(self, request: Request) -> Response:
         body = ChatBody.read(await read_object(request))
-        asked = await ask(self._service, body, new_id("chatcmpl"), charge=charge_of(request), salt=salt_of(request))
+        asked = await ask(self._service, body, new_id("chatcmpl"), asker=asker_of(request))
         head = {
             "id": asked.request_id,
             "created": int(time.time()),

@@ -8,7 +8,7 @@ the answer must look like is read here and made a rule of in `rules`. Knows noth
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from daedal.errors import TemplateError
 from daedal.infer.request import MAX_LOGPROBS
@@ -20,6 +20,12 @@ from daedal.text.encodings.plain import check_plain
 MAX_TOOLS = 128
 MAX_TOOLS_CHARS = 2**20
 
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}
 _TAKEN = frozenset({"messages", "add_generation_prompt", "tools", "effort"})
 
 
@@ -43,7 +49,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "latest_reminder"]
-    content: Annotated[str | tuple[str, ...] | None, BeforeValidator(_content)] = None
+    content: Annotated[str | tuple[str, ...] | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = None
     reasoning_content: str | None = None
     name: str | None = None
     tool_calls: list[dict[str, object]] | None = None

@@ -12,7 +12,7 @@ from daedal.serve.body import read_object
 from daedal.serve.costs import cost_json
 from daedal.serve.delivery import EventStream, nobody, unless_gone
 from daedal.serve.generation import Answer, Choice, Generation, collect, new_id, num_cached, spent, usage
-from daedal.serve.keys import charge_of, salt_of
+from daedal.serve.keys import Asker, asker_of
 from daedal.serve.limits import admit, room, seconds_for
 from daedal.serve.logprob_rows import CompletionRows, joined
 from daedal.serve.protocol import CompletionBody, StreamOptions
@@ -28,7 +28,8 @@ class CompletionEndpoint:
     async def answer(self, request: Request) -> Response:
         body = CompletionBody.read(await read_object(request))
         admit(self._service, body)
-        choices = await run_in_threadpool(self._choices, body, salt_of(request))
+        asker = asker_of(request)
+        choices = await run_in_threadpool(self._choices, body, asker)
         num_prompt = sum(len(choice.prompt) for choice in choices[:: body.num_choices])
         head = {
             "id": new_id("cmpl"),
@@ -37,7 +38,7 @@ class CompletionEndpoint:
             "model": self._service.model_name,
             "system_fingerprint": self._service.fingerprint,
         }
-        name, charge, seconds = str(head["id"]), charge_of(request), seconds_for(self._service, body)
+        name, charge, seconds = str(head["id"]), asker.charge, seconds_for(self._service, body)
         if body.stream:
             generation = await Generation.begin(self._service, name, choices, charge, seconds)
             return EventStream(generation, self._chunks(generation, choices, num_prompt, head, body))
@@ -60,10 +61,10 @@ class CompletionEndpoint:
             }
         )
 
-    def _choices(self, body: CompletionBody, salt: str) -> list[Choice]:
+    def _choices(self, body: CompletionBody, asker: Asker) -> list[Choice]:
         """n choices for the first prompt, then n for the second, and so on."""
         tokenizer = self._service.tokenizer
-        skips = body.skips_special_tokens
+        skips, priority = body.skips_special_tokens, asker.priority(body.priority)
         choices: list[Choice] = []
         for given in body.prompt:
             ids = tuple(tokenizer.encode(given)) if isinstance(given, str) else given
@@ -75,7 +76,7 @@ class CompletionEndpoint:
                 params = body.sampling(
                     choice=index, max_tokens=max_tokens, logprobs=body.logprobs, echo=bool(body.echo)
                 )
-                choices.append(Choice(prompt=ids, params=params, text=text, salt=salt))
+                choices.append(Choice(prompt=ids, params=params, text=text, salt=asker.salt, priority=priority))
         return choices
 
     def _choice(self, index: int, choice: Choice, answer: Answer, body: CompletionBody) -> dict[str, object]:

@@ -19,6 +19,8 @@ from daedal.serve.generation import Generation
 
 T = TypeVar("T")
 
+# Ends of lines to readers that go by Unicode, and to no others: what JSON does not escape of them by itself.
+_BREAKS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 CLIENT_CLOSED_REQUEST = 499  # never seen by anyone: the client has left
 
 
@@ -90,5 +92,5 @@ async def _events(chunks: AsyncIterator[Mapping[str, object]], dialect: Dialect)
 
 def _event(value: Mapping[str, object], dialect: Dialect) -> bytes:
     name = f"event: {value['type']}\n".encode() if dialect.named else b""
-    data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    return name + b"data: " + data + b"\n\n"
+    data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return name + b"data: " + data.translate(_BREAKS).encode() + b"\n\n"

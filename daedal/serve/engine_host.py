@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from daedal.errors import DaedalError
 from daedal.infer.request import Output, Structure
-from daedal.infer.stats import EngineStats
+from daedal.infer.stats import EngineStats, ExpertsSeen
 from daedal.serve import wire
 from daedal.serve.engine_loop import EngineLoop
 
@@ -78,7 +78,9 @@ class _Host:
             self._compiled, self._loop = hosted.compiled, EngineLoop(engine, self)
             facts = dict(hosted.facts)
             self._report(wire.Opened(max_context=engine.max_context, stats=engine.stats(), facts=facts))
-            return 0 if self._loop.run() else 1
+            sound = self._loop.run()
+            engine.close()
+            return 0 if sound else 1
         except DaedalError as error:
             logger.debug("the engine cannot be had", exc_info=error)
             self._report(wire.NotOpened(error=wire.Told.of(error)))
@@ -104,6 +106,9 @@ class _Host:
     def cut(self, request_ids: Sequence[str], cause: Exception) -> None:
         self._report(wire.Cut(request_ids=tuple(request_ids)))
 
+    def looked(self, seen: ExpertsSeen) -> None:
+        self._report(wire.Looked(seen=seen))
+
     def _report(self, report: wire.Report) -> None:
         try:
             self._connection.send(report)
@@ -127,6 +132,8 @@ class _Host:
         assert self._compiled is not None
         if isinstance(command, wire.Cancel):
             self._loop.cancel(command.request_ids)
+        elif isinstance(command, wire.Look):
+            self._loop.look()
         elif isinstance(command, wire.Submit):
             try:
                 requests = command.requests(self._compiled)

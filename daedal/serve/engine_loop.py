@@ -6,13 +6,15 @@ any other. Where reports go, to another thread or another process, it does not k
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from daedal.infer.request import Output, Request
-from daedal.infer.stats import EngineStats, StepError
+from daedal.infer.stats import EngineStats, ExpertsSeen, StepError
+from daedal.serve.bundling import Bundle
 
 if TYPE_CHECKING:
     from daedal.infer.engine import Engine
@@ -30,10 +32,13 @@ class Reports(Protocol):
         """None of them was."""
 
     def delivered(self, outputs: Sequence[Output], stats: EngineStats) -> None:
-        """What a step brought, if anything, and the numbers after it."""
+        """What the latest steps brought, if anything, and the numbers after them."""
 
     def cut(self, request_ids: Sequence[str], cause: Exception) -> None:
         """The engine failed with these and has dropped them."""
+
+    def looked(self, seen: ExpertsSeen) -> None:
+        """What the engine saw when it was to look."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,22 @@ class _Cancel:
     request_ids: frozenset[str]
 
 
+@dataclass(frozen=True)
+class _Look:
+    """Has nothing more to say."""
+
+
 class EngineLoop:
     """Runs `engine` for whoever commands."""
 
     def __init__(self, engine: "Engine", reports: Reports):
         self._engine, self._reports = engine, reports
         self._wake = threading.Condition()
-        self._commands: deque[_Submit | _Cancel] = deque()
+        self._commands: deque[_Submit | _Cancel | _Look] = deque()
+        self._looks = False
         self._live: set[str] = set()
         self._open = True
+        self._bundle = Bundle(time.monotonic)
         self._told: EngineStats | None = None
 
     @property
@@ -70,6 +82,10 @@ class EngineLoop:
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends these; ids that are not running are ignored."""
         self._command(_Cancel(frozenset(request_ids)))
+
+    def look(self) -> None:
+        """Watches the next steps; the report comes once they ran."""
+        self._command(_Look())
 
     def close(self) -> None:
         """Ends `run` when the step under way is over."""
@@ -89,7 +105,7 @@ class EngineLoop:
         finally:
             self.close()
 
-    def _command(self, command: _Submit | _Cancel) -> bool:
+    def _command(self, command: _Submit | _Cancel | _Look) -> bool:
         with self._wake:
             if self._open:
                 self._commands.append(command)
@@ -105,16 +121,27 @@ class EngineLoop:
         while (command := self._next_command()) is not None:
             if isinstance(command, _Submit):
                 self._submit(command)
-            else:
+            elif isinstance(command, _Cancel):
                 self._cancel(command.request_ids)
+            else:
+                self._looks = True
+                self._engine.look()
         outputs = self._step() if self._engine.has_work else []
-        stats = self._engine.stats()
+        if self._bundle.add(outputs) or not self._engine.has_work:
+            self._tell()
+        if self._looks and (seen := self._engine.seen()) is not None:
+            self._looks = False
+            self._reports.looked(seen)
+        return True
+
+    def _tell(self) -> None:
+        """All that was not told yet."""
+        outputs, stats = self._bundle.take(), self._engine.stats()
         if outputs or stats != self._told:
             self._told = stats
             self._reports.delivered(outputs, stats)
-        return True
 
-    def _next_command(self) -> _Submit | _Cancel | None:
+    def _next_command(self) -> _Submit | _Cancel | _Look | None:
         with self._wake:
             return self._commands.popleft() if self._commands else None
 
@@ -145,7 +172,7 @@ class EngineLoop:
         except StepError as error:  # the engine dropped these itself and goes on with the others
             logger.exception("a step of the engine failed: %d requests are cut", len(error.request_ids))
             self._live.difference_update(error.request_ids)
-            self._reports.cut(error.request_ids, error)
+            self._cut(error.request_ids, error)
             return []
         except Exception as error:
             if not self._live:  # nothing left to blame: another try would fail for ever
@@ -153,7 +180,12 @@ class EngineLoop:
             logger.exception("the engine failed: all %d requests are cut", len(self._live))
             dropped = tuple(self._live)
             self._cancel(dropped)
-            self._reports.cut(dropped, error)
+            self._cut(dropped, error)
             return []
         self._live.difference_update(output.request_id for output in outputs if output.finish_reason is not None)
         return outputs
+
+    def _cut(self, request_ids: Sequence[str], error: Exception) -> None:
+        self._tell()  # what came before the failure
+        self._bundle.drop(request_ids)
+        self._reports.cut(request_ids, error)

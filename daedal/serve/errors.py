@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from daedal.errors import CapacityError, DaedalError, OverloadError, RequestError, TemplateError
+from daedal.errors import CapacityError, DaedalError, DeadlineError, OverloadError, RequestError, TemplateError
 from daedal.serve.worker import GenerationFailed, WorkerStopped
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case HTTPException():
             return _from_routing(error)
+        case DeadlineError():
+            sentence, retry = str(error), {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            code = "deadline_unreachable"
+            return ApiError(429, sentence, param="timeout", code=code, kind="rate_limit_error", headers=retry)
         case OverloadError():
             retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return ApiError(429, str(error), code="queue_full", kind="rate_limit_error", headers=retry)

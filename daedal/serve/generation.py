@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from daedal.cost.spending import Spent
 from daedal.infer.request import FinishReason, Output, Request, SamplingParams, Structure, TokenLogprobs
+from daedal.serve.course import Course
 from daedal.serve.errors import ApiError
 from daedal.serve.keys import Charge, free
 from daedal.serve.service import Service
@@ -20,8 +21,8 @@ from daedal.serve.worker import GenerationFailed, Stream, WorkerStopped
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One answer to be generated. text: the prompt's, where it is needed again. structure: what the answer obeys. salt:
-    as in `Request.cache_salt`.
+    """One answer to be generated. text: the prompt's, where it is needed again. structure: what the answer obeys. salt,
+    priority: as in `Request`.
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +30,7 @@ class Choice:
     text: str = ""
     structure: Structure | None = None
     salt: str = ""
+    priority: int = 0
 
 
 @dataclass(kw_only=True)
@@ -75,9 +77,11 @@ class Generation:
         charge(sum(len(choice.prompt) for choice in choices))
         service.begun()
         self._service, self._metrics = service, service.metrics
-        self._deadline = deadline
         self._closed = False
         self._stream = stream
+        self._timer = None
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, stream.expire, _overdue())
         self._arrived = arrived
         self._indices = {_engine_id(request_id, index): index for index in range(len(choices))}
         self._latest: dict[int, float] = {}
@@ -87,6 +91,14 @@ class Generation:
         self.spent: list[Spent] = []
         self._choices = choices
         self._cached = [0] * len(choices)
+        self._course = Course(
+            id=request_id,
+            model=service.model_name,
+            params=[choice.params for choice in choices],
+            num_prompt=num_prompt_tokens(choices),
+            priority=choices[0].priority,
+            arrived=arrived,
+        )
 
     @classmethod
     async def begin(
@@ -107,6 +119,8 @@ class Generation:
                 params=choice.params,
                 structure=choice.structure,
                 cache_salt=choice.salt,
+                priority=choice.priority,
+                seconds=seconds,
             )
             for index, choice in enumerate(choices)
         ]
@@ -121,33 +135,48 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
         try:
-            while (output := await self._next()) is not None:
+            async for output in self._stream:
                 index = self._indices[output.request_id]
                 self._count(index, output)
                 if output.finish_reason == "cancelled":
                     raise WorkerStopped("the engine dropped the request: try again")
                 yield index, output
-        except (GenerationFailed, WorkerStopped):
-            self._ending = "error"
+        except ApiError as error:
+            self._course.failed = error.code
             raise
-
-    async def _next(self) -> Output | None:
-        """None at the end."""
-        async with _until(self._deadline):
-            return await anext(self._stream, None)
+        except (GenerationFailed, WorkerStopped) as error:
+            self._ending, self._course.failed = "error", type(error).__name__
+            raise
 
     def close(self) -> None:
         """Cancels what has not finished; the metrics name it as vLLM does, `abort`, or `error` if it was cut."""
         if not self._closed:
             self._closed = True
-            self._service.ended()
+            if self._timer is not None:
+                self._timer.cancel()
+            now = time.monotonic()
+            self._service.ended(now - self._arrived)
+            self._tell(now)
         self._stream.close()
         for _ in self._unfinished:
             self._metrics.finished(self._ending, time.monotonic() - self._arrived)
         self._unfinished.clear()
 
+    def _tell(self, now: float) -> None:
+        """Those who follow requests, and the metrics, how it went."""
+        course = self._course
+        course.ended, course.num_generated, course.num_cached = now, self.num_generated, self.num_cached
+        course.reasons += [self._ending] * len(self._unfinished)
+        self._metrics.went(course)
+        for follow in self._service.followers:
+            follow(course)
+
     def _count(self, index: int, output: Output) -> None:
         now = time.monotonic()
+        if output.waited is not None and self._course.waited is None:
+            self._course.waited = output.waited
+        if output.ids and self._course.first is None:
+            self._course.first = now
         self.num_generated += len(output.ids)
         self._cached[index] += output.num_cached
         self._charge(len(output.ids))
@@ -161,6 +190,7 @@ class Generation:
             self._latest[index] = now
         if output.finish_reason in ("stop", "length"):
             self._unfinished.discard(index)
+            self._course.reasons.append(output.finish_reason)
             self._metrics.finished(output.finish_reason, now - self._arrived)
 
 
@@ -192,8 +222,12 @@ async def _until(deadline: float | None) -> AsyncIterator[None]:
         async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError as error:
-        sentence = "the request's time is over, its answer is cut: give it a longer timeout, or ask for less"
-        raise ApiError(504, sentence, param="timeout", code="deadline_exceeded", kind="timeout_error") from error
+        raise _overdue() from error
+
+
+def _overdue() -> ApiError:
+    sentence = "the request's time is over, its answer is cut: give it a longer timeout, or ask for less"
+    return ApiError(504, sentence, param="timeout", code="deadline_exceeded", kind="timeout_error")
 
 
 def spent(answers: Iterable[Answer]) -> list[Spent]:
@@ -208,6 +242,14 @@ def num_cached(choices: Sequence[Choice], counts: Iterable[int]) -> int:
     befores = (None, *(choice.prompt for choice in choices))
     return sum(
         count for before, choice, count in zip(befores, choices, counts, strict=False) if choice.prompt is not before
+    )
+
+
+def num_prompt_tokens(choices: Sequence[Choice]) -> int:
+    """Of all prompts; choices that share one follow one another."""
+    befores = (None, *(choice.prompt for choice in choices))
+    return sum(
+        len(choice.prompt) for before, choice in zip(befores, choices, strict=False) if choice.prompt is not before
     )
 
 

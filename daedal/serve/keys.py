@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from daedal.errors import ConfigError
+from daedal.infer.request import MAX_PRIORITY
 from daedal.serve.errors import ApiError
 
 Charge = Callable[[int], object]
@@ -32,13 +33,16 @@ _MOST = 10**12
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """sha256: of the key, in hexadecimal digits. Limits are None for none; concurrent: requests under way at once."""
+    """sha256: of the key, in hexadecimal digits. Limits are None for none; concurrent: requests under way at once.
+    priority: the most urgent that its requests may have; lower numbers are more urgent.
+    """
 
     name: str
     sha256: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrent: int | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or not set(self.sha256) <= set("0123456789abcdef"):
@@ -47,6 +51,9 @@ class Key:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= _MOST):
                 raise ConfigError(f"{name} of the key {self.name!r} is {value!r}: it must be a whole number from 1")
+        if type(self.priority) is not int or not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            rule = f"it must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+            raise ConfigError(f"priority of the key {self.name!r} is {self.priority!r}: {rule}")
 
 
 class Account:
@@ -74,6 +81,11 @@ class Account:
             raise _exceeded(f"this key has used its {key.tokens_per_minute} tokens of a minute", wait)
         self._requests -= 1.0
         self._num_running += 1
+
+    @property
+    def priority(self) -> int:
+        """The most urgent that its requests may have."""
+        return self._key.priority
 
     def leave(self) -> None:
         """A request is over."""
@@ -168,8 +180,38 @@ def add_charge(scope: Scope, charge: Charge) -> None:
     scope[_CHARGES] = (*scope.get(_CHARGES, ()), charge)
 
 
-def charge_of(request: Request) -> Charge:
-    """What is told of the tokens of the answer."""
+@dataclass(frozen=True, kw_only=True)
+class Asker:
+    """Who asks, as the way to the engine needs it. charge: is told of the tokens of the answer. salt: whose prompts the
+    request's may begin like without being read anew, and who takes turns with others: those of one key are one. most:
+    the most urgent priority that is allowed, None for any.
+    """
+
+    charge: Charge = free
+    salt: str = ""
+    most: int | None = None
+
+    def priority(self, asked: int | None) -> int:
+        """What was asked for, or 0, or the most urgent allowed where that is less; ApiError 403 beyond it."""
+        if asked is None:
+            return max(0, 0 if self.most is None else self.most)
+        if self.most is not None and asked < self.most:
+            sentence = (
+                f"priority is {asked}, this key may have {self.most} at most urgent: give that or a higher number"
+            )
+            raise ApiError(403, sentence, param="priority", code="priority_not_allowed", kind="permission_error")
+        return asked
+
+
+def asker_of(request: Request) -> Asker:
+    """Who sent a request."""
+    account = account_of(request)
+    if account is None:
+        return Asker(charge=_charge_of(request))
+    return Asker(charge=_charge_of(request), salt=account.name, most=account.priority)
+
+
+def _charge_of(request: Request) -> Charge:
     charges: tuple[Charge, ...] = request.scope.get(_CHARGES, ())
 
     def every(num_tokens: int) -> None:
@@ -185,13 +227,8 @@ def owner_of(request: Request) -> str | None:
     return None if account is None else account.name
 
 
-def salt_of(request: Request) -> str:
-    """Whose prompts the request's may begin like without being read anew: those of the same key."""
-    return owner_of(request) or ""
-
-
 def _key(name: str, table: object) -> Key:
-    known = {"sha256", "requests_per_minute", "tokens_per_minute", "concurrent"}
+    known = {"sha256", "requests_per_minute", "tokens_per_minute", "concurrent", "priority"}
     if not isinstance(table, Mapping) or not isinstance(table.get("sha256"), str):
         raise ConfigError(f"the key {name!r} has no sha256: give a table with the hash of the key")
     unknown = sorted(set(table) - known)

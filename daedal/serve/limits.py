@@ -6,7 +6,6 @@ itself.
 
 from collections.abc import Sequence
 
-from daedal.errors import OverloadError
 from daedal.serve.costs import check_cost
 from daedal.serve.errors import ApiError
 from daedal.serve.protocol import GenerationBody
@@ -18,16 +17,29 @@ STOPPING_SECONDS = 10  # after which a server that stops may be there again
 def admit(service: Service, body: GenerationBody) -> None:
     """Refuses what names another model, comes before the server is ready or when it is full, or asks for costs that
     nobody counts."""
+    check_open(service)
+    check_model(service, body.model)
+    check_cost(service, body)
+    check_places(service, body.num_choices)
+
+
+def check_open(service: Service) -> None:
+    """Refuses while the server is not ready, or no longer."""
     if not service.ready:
         wait, why = (STOPPING_SECONDS, "is stopping") if service.draining else (1, "is not ready")
         headers = {"Retry-After": str(wait)}
         sentence = f"the server {why}: try again in {wait} s"
         raise ApiError(503, sentence, code="unavailable", kind="server_error", headers=headers)
-    check_model(service, body.model)
-    check_cost(service, body)
+
+
+def check_places(service: Service, count: int = 1) -> None:
+    """Refuses where `count` requests more would be too many now. (What is too many at any time the engine refuses.)"""
     most, held = service.max_requests, service.worker.num_requests
-    if most is not None and held + body.num_choices > most >= body.num_choices:
-        raise OverloadError(f"{held} requests are under way, the limit is {most}: try again later")
+    if most is not None and held + count > most >= count:
+        wait = service.seconds_to_wait
+        sentence = f"{held} requests are under way, the limit is {most}: try again in {wait} s"
+        headers = {"Retry-After": str(wait)}
+        raise ApiError(429, sentence, code="queue_full", kind="rate_limit_error", headers=headers)
 
 
 def seconds_for(service: Service, body: GenerationBody) -> float | None:
@@ -57,8 +69,10 @@ def room(service: Service, prompt: Sequence[int], asked: int | None, *, param: s
         raise ApiError(400, sentence, param="max_tokens", code="context_length_exceeded")
     left = context - len(prompt)
     if left < 0 or (left == 0 and asked != 0):
+        # Clients know it by the words in the middle, which are those of OpenAI's API.
         sentence = (
-            f"the prompt has {len(prompt)} tokens, the context is {context} and needs room for an answer: shorten it"
+            f"the prompt has {len(prompt)} tokens, and this model's maximum context length is {context} tokens, answer "
+            f"included: shorten it"
         )
         raise ApiError(400, sentence, param=param, code="context_length_exceeded")
     return left if asked is None else min(asked, left)

@@ -17,7 +17,7 @@ from daedal.serve.costs import cost_json
 from daedal.serve.delivery import Dialect, EventStream, nobody, unless_gone
 from daedal.serve.errors import ApiError
 from daedal.serve.generation import Generation, new_id, spent
-from daedal.serve.keys import charge_of, salt_of
+from daedal.serve.keys import asker_of
 from daedal.serve.limits import check_model
 from daedal.serve.message_blocks import Event, MessageBlocks
 from daedal.serve.messages_protocol import CountBody, MessagesBody, as_asked
@@ -37,7 +37,7 @@ class MessagesEndpoint:
         chat = body.chat()
         try:
             name = new_id("msg").replace("-", "_")
-            asked = await ask(self._service, chat, name, charge=charge_of(request), salt=salt_of(request))
+            asked = await ask(self._service, chat, name, asker=asker_of(request))
         except ApiError as error:
             raise as_asked(error) from error
         if body.stream:

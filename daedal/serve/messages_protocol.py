@@ -197,9 +197,10 @@ class MessagesBody(CountBody):
     top_k: int | None = None
     include_cost: bool | None = None
     timeout: float | None = None
+    priority: int | None = None
 
     def _fields(self) -> dict[str, object]:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "include_cost", "timeout")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "include_cost", "timeout", "priority")
         own = {name: getattr(self, name) for name in names}
         return {**super()._fields(), **own, "stop": self.stop_sequences or None}
 

@@ -4,7 +4,7 @@ The engine's own numbers are read when somebody asks; only latencies and endings
 registry. Knows nothing of HTTP.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from daedal.cost.spending import Spent
 from daedal.infer.stats import EngineStats
+from daedal.serve.course import Course
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BETWEEN_TOKENS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -20,7 +21,8 @@ _WHOLE_REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 
 class Metrics:
     """One server's metrics; times are in seconds. model_name: whose costs are told. restarts: how often the engine was
-    started again; pid: of its process, where it is another one."""
+    started again; pid: of its process, where it is another one; engines: of each, whether it is there and its requests.
+    """
 
     def __init__(
         self,
@@ -29,9 +31,11 @@ class Metrics:
         *,
         restarts: Callable[[], int] = int,
         pid: Callable[[], int] | None = None,
+        engines: Callable[[], Sequence[tuple[bool, int]]] = tuple,
     ):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(stats, model_name, restarts))
+        self._registry.register(_EachEngine(engines))
         ProcessCollector(registry=self._registry)
         if pid is not None:
             ProcessCollector(namespace="daedal_engine", pid=pid, registry=self._registry)
@@ -56,6 +60,26 @@ class Metrics:
             buckets=_WHOLE_REQUEST_BUCKETS,
             registry=self._registry,
         )
+
+        self._phases = {
+            phase: Histogram(
+                f"daedal:request_{phase}_time_seconds", text, buckets=_WHOLE_REQUEST_BUCKETS, registry=self._registry
+            )
+            for phase, text in (
+                ("queue", "From a request's arrival to its start."),
+                ("prefill", "From a request's start to its first token."),
+                ("decode", "From a request's first token to its last."),
+            )
+        }
+
+    def went(self, course: Course) -> None:
+        """A request is over; what it did not come to is not counted."""
+        if course.waited is None:
+            return
+        self._phases["queue"].observe(course.waited)
+        if course.first is not None and course.ended is not None:
+            self._phases["prefill"].observe(max(course.first - course.arrived - course.waited, 0.0))
+            self._phases["decode"].observe(course.ended - course.first)
 
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
@@ -109,6 +133,21 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"daedal:{name}", text, value)
         if stats.spent_total is not None:
             yield from _costs(stats.spent_total, self._model_name)
+
+
+class _EachEngine(Collector):
+    """What tells engines of one server apart; everything else is summed."""
+
+    def __init__(self, engines: Callable[[], Sequence[tuple[bool, int]]]):
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("daedal:engine_up", "1 while the engine is there.", labels=["engine"])
+        requests = GaugeMetricFamily("daedal:engine_requests", "Requests that the engine has.", labels=["engine"])
+        for number, (is_up, num_requests) in enumerate(self._engines()):
+            up.add_metric([str(number)], float(is_up))
+            requests.add_metric([str(number)], num_requests)
+        yield from (up, requests)
 
 
 def _costs(spent: Spent, model_name: str) -> Iterator[Metric]:

@@ -7,11 +7,6 @@ ending are given up. Knows the other process only by its command and by what it 
 """
 
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +15,11 @@ from pydantic import JsonValue
 
 from daedal.errors import DaedalError, RequestError
 from daedal.serve import wire
-from daedal.serve.worker import GenerationFailed, State, Submission, Worker, stopped
+from daedal.serve.child import Child, EngineLost, Launch, LocalChild
+from daedal.serve.desk_worker import DeskWorker
+from daedal.serve.worker import GenerationFailed, State, Submission, stopped
 
 logger = logging.getLogger(__name__)
-
-END_SECONDS = 5.0  # for a process whose socket is closed already
-
-
-class EngineLost(RuntimeError):
-    """The engine's process ended, and there will be no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,76 +36,32 @@ class Patience:
         return 0.0 if num_ended <= 1 else min(self.seconds * 2.0 ** (num_ended - 2), self.most_seconds)
 
 
-class _Child:
-    """One engine's process, from its start. command: gets the socket's file descriptor as its last argument."""
-
-    def __init__(self, command: Sequence[str], options: Mapping[str, JsonValue]):
-        ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-        with theirs:
-            self._process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # stdout is the front end's own
-                env=environment,
-            )
-        self.connection = wire.front_end(ours)
-        try:
-            self.connection.send(wire.Open(options=dict(options)))
-        except OSError:  # it has ended already, which who waits for it will see
-            logger.debug("the engine's process was gone before it was asked")
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def opened(self) -> wire.Opened:
-        """Waits until the engine is there. A DaedalError says why it cannot be had, EngineLost that it ended."""
-        report = self.connection.receive()
-        if isinstance(report, wire.Opened):
-            return report
-        if isinstance(report, wire.NotOpened) and (error := report.error.raised()) is not None:
-            raise error
-        raise EngineLost(f"the engine's process {self.ending()} before it was ready: see what it said above")
-
-    def ending(self) -> str:
-        """How it ended, in words."""
-        self.end(END_SECONDS)
-        status = self._process.returncode
-        if status >= 0:
-            return f"ended with status {status}"
-        return f"was ended by {signal.Signals(-status).name}"
-
-    def end(self, timeout: float) -> bool:
-        """Tells it to end by hanging up; False where it had to be killed after `timeout` seconds."""
-        self.connection.hang_up()
-        try:
-            self._process.wait(timeout)
-            return True
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return False
-
-
-class ProcessWorker(Worker):
+class ProcessWorker(DeskWorker):
     """Starts the process at once, and does not wait for it: that is `open`, to be called before `start`.
 
     command: of a program that calls `engine_host.host` with its last argument. options: what it is asked to make.
+    launch: where and how; on this machine if not given.
     """
 
-    def __init__(self, command: Sequence[str], options: Mapping[str, JsonValue], *, patience: Patience | None = None):
+    def __init__(
+        self,
+        command: Sequence[str],
+        options: Mapping[str, JsonValue],
+        *,
+        patience: Patience | None = None,
+        launch: Launch = LocalChild,
+    ):
         super().__init__()
         self._command, self._options, self._patience = tuple(command), dict(options), patience or Patience()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._state: State = "starting"
-        self._num_ended = 0
+        self._num_ended = self._num_restarts = 0
+        self._failure: Exception | None = None
         self._max_context = 0
         self._cautious = False
         self._outbox: wire.Outbox | None = None
-        self._child = _Child(self._command, self._options)
+        self._launch, self._child = launch, launch(self._command, self._options)
         self._thread = threading.Thread(target=self._run, name="daedal-engine-process", daemon=True)
 
     def open(self) -> Mapping[str, JsonValue]:
@@ -138,7 +85,15 @@ class ProcessWorker(Worker):
         return self._state
 
     @property
-    def pid(self) -> int:
+    def failure(self) -> Exception | None:
+        return self._failure
+
+    @property
+    def num_restarts(self) -> int:
+        return self._num_restarts
+
+    @property
+    def pid(self) -> int | None:
         """Of the engine's process, or of the latest one."""
         return self._child.pid
 
@@ -175,6 +130,11 @@ class ProcessWorker(Worker):
                 self._outbox.post(wire.Cancel(request_ids=tuple(request_ids)))
                 self._post_waiting()
 
+    def _look(self) -> None:
+        with self._lock:
+            if self._outbox is not None:
+                self._outbox.post(wire.Look())
+
     def _post_waiting(self) -> None:
         """All that the engine has not got yet, or with caution the first of it; without an engine it waits."""
         if self._outbox is None:
@@ -189,7 +149,7 @@ class ProcessWorker(Worker):
                 except RequestError as error:
                     self._desk.refused(submission.number, error)
 
-    def _attach(self, child: _Child) -> None:
+    def _attach(self, child: Child) -> None:
         """There is an engine: it gets all that waits."""
         with self._lock:
             if self._closing.is_set():
@@ -205,7 +165,7 @@ class ProcessWorker(Worker):
                 pass
         except Exception as error:
             logger.exception("the engine's process is no longer looked after")
-            self.failure = error
+            self._failure = error
         finally:
             with self._lock:
                 self._state = "stopped"
@@ -222,7 +182,7 @@ class ProcessWorker(Worker):
         self._desk.lost(outbox if self._cautious else None)
         return self._started_again()
 
-    def _read(self, child: _Child) -> wire.Outbox | None:
+    def _read(self, child: Child) -> wire.Outbox | None:
         """Takes an engine's reports until it has gone; what led to it."""
         try:
             while (report := child.connection.receive()) is not None:
@@ -250,6 +210,8 @@ class ProcessWorker(Worker):
             self._desk.refused(report.number, report.error.raised() or defect)
         elif isinstance(report, wire.Cut):
             self._desk.cut(report.request_ids)
+        elif isinstance(report, wire.Looked):
+            self._desk.looked(report.seen)
         else:
             raise wire.WireError(f"a {report.kind} comes from an engine that is open already")
         if self._cautious:
@@ -264,7 +226,7 @@ class ProcessWorker(Worker):
             if self._closing.wait(wait):
                 return False
             try:
-                child = _Child(self._command, self._options)
+                child = self._launch(self._command, self._options)
                 with self._lock:
                     self._child.connection.close()
                     self._child = child
@@ -276,10 +238,10 @@ class ProcessWorker(Worker):
                 logger.error("%s", error)
                 continue
             self._desk.stats, self._max_context = opened.stats, opened.max_context
-            self.num_restarts += 1
+            self._num_restarts += 1
             self._attach(child)
             return True
-        self.failure = EngineLost(
+        self._failure = EngineLost(
             f"the engine ended {self._num_ended} times without finishing an answer between: the server stops, its log "
             f"says how each of them ended"
         )

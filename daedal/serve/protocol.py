@@ -11,9 +11,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from daedal.infer.request import SamplingParams
+from daedal.infer.request import MAX_PRIORITY, SamplingParams
 from daedal.serve.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,18 @@ MAX_CHOICES = 128
 MAX_PROMPTS_TIMES_CHOICES = 512
 MAX_STOPS = 4
 MAX_TIMEOUT_SECONDS = 10**6
+
+# What fields take that are read by functions, for the OpenAPI document.
+_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_IDS = {"type": "array", "items": _ID, "minItems": 1}
+_WORDS = {"type": "string", "minLength": 1}
+_STOP_SCHEMA = {"anyOf": [_WORDS, {"type": "array", "items": _WORDS, "maxItems": MAX_STOPS}, {"type": "null"}]}
+_BIAS_SCHEMA = {
+    "type": ["object", "null"],
+    "propertyNames": {"pattern": "^[0-9]{1,18}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+_PROMPT_SCHEMA = {"anyOf": [_WORDS, _IDS, {"type": "array", "items": {"anyOf": [_WORDS, _IDS]}, "minItems": 1}]}
 
 _RULE = re.compile(r"^(Input|String) should")
 
@@ -146,15 +158,18 @@ class GenerationBody(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)] = ()
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias), WithJsonSchema(_BIAS_SCHEMA)] = Field(
+        default_factory=dict
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include_cost: bool | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -210,7 +225,7 @@ class GenerationBody(BaseModel):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[str | tuple[int, ...]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | tuple[int, ...]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None

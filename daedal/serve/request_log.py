@@ -16,7 +16,7 @@ from daedal.serve.keys import add_charge
 
 logger = logging.getLogger(__name__)
 
-QUIET = ("/health", "/ready", "/metrics", "/stats")
+QUIET = ("/health", "/ready", "/metrics", "/stats", "/experts")
 """Paths that are asked every few seconds by machines; only their failures are logged."""
 LEFT = 499
 

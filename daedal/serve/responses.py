@@ -18,7 +18,7 @@ from daedal.serve.costs import cost_json
 from daedal.serve.delivery import Dialect, EventStream, nobody, unless_gone
 from daedal.serve.errors import ApiError, as_api_error
 from daedal.serve.generation import Generation, new_id, spent
-from daedal.serve.keys import charge_of, owner_of, salt_of
+from daedal.serve.keys import asker_of, owner_of
 from daedal.serve.limits import check_model
 from daedal.serve.response_items import Event, ResponseItems
 from daedal.serve.responses_protocol import ResponsesBody, as_asked
@@ -43,9 +43,7 @@ class ResponsesEndpoint:
         chat = body.chat(past)
         try:
             name = new_id("resp").replace("-", "_")
-            asked = await ask(
-                self._service, chat, name, param="input", charge=charge_of(request), salt=salt_of(request)
-            )
+            asked = await ask(self._service, chat, name, param="input", asker=asker_of(request))
         except ApiError as error:
             raise as_asked(error) from error
         answer = _Answer(self._service, body, chat, asked, [*past, *body.messages()], owner)
@@ -63,13 +61,12 @@ class ResponsesEndpoint:
         count = await run_in_threadpool(count_prompt, self._service, chat)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
-    async def retrieve(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        return JSONResponse(self._stored(name, owner_of(request), param=None).response)
-
-    async def delete(self, request: Request) -> Response:
+    async def stored(self, request: Request) -> Response:
+        """`GET` and `DELETE /v1/responses/ID`."""
         name, owner = request.path_params["name"], owner_of(request)
-        self._stored(name, owner, param=None)
+        found = self._stored(name, owner, param=None)
+        if request.method != "DELETE":
+            return JSONResponse(found.response)
         self._service.stored.drop(name, owner)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 

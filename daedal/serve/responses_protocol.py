@@ -165,6 +165,7 @@ class ResponsesBody(BaseModel):
     include: list[str] | None = None
     include_cost: bool | None = None
     timeout: float | None = None
+    priority: int | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -211,6 +212,7 @@ class ResponsesBody(BaseModel):
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             "include_cost": self.include_cost,
             "timeout": self.timeout,
+            "priority": self.priority,
         }
         with_names = {name: value for name, value in fields.items() if value is not None}
         try:

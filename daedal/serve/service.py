@@ -6,15 +6,19 @@ It is built from ready objects: who loads models and from where is not its busin
 import asyncio
 import hashlib
 import logging
+import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from daedal.cost.spending import Tariff
 from daedal.infer.request import Request, SamplingParams
 from daedal.serve.abilities import abilities
+from daedal.serve.course import Course
 from daedal.serve.keys import Keys
 from daedal.serve.metrics import Metrics
 from daedal.serve.stored import StoredResponses
@@ -26,6 +30,8 @@ from daedal.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 3.0
+MOST_WAIT = 30  # seconds that a client is told to wait, at most
+_LATEST = 0.1  # weight of the latest request among those by which that is judged
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,7 +43,8 @@ class Service:
     None where unknown. keys: who may ask; None for anybody. max_requests: that the engine takes at once, running and
     waiting, where that is known: more are then refused before they cost anything. max_seconds: of one request, None for
     any number. tariff: the engine's; None where it counts no costs. shows_cost: in every answer, also where nobody
-    asks. compared: of `ancestry`, for the page.
+    asks. compared: of `ancestry`, for the page. followers: are told of each request that
+    reached the engine, once it is over. layers: what goes around the application.
     """
 
     worker: Worker
@@ -53,6 +60,8 @@ class Service:
     tariff: Tariff | None = None
     shows_cost: bool = False
     compared: Sequence[Mapping[str, Any]] = ()
+    followers: Sequence[Callable[[Course], object]] = ()
+    layers: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -61,6 +70,7 @@ class Service:
             self.model_name,
             restarts=lambda: self.worker.num_restarts,
             pid=None if self.worker.pid is None else lambda: self.worker.pid or 0,
+            engines=lambda: [(engine.state == "ready", engine.num_requests) for engine in self.worker.engines],
         )
         self.abilities = abilities(self.chat_format)
         self.stored = StoredResponses()
@@ -69,6 +79,7 @@ class Service:
         self.failure: Exception | None = None
         self.draining = False
         self._num_under_way = 0
+        self._seconds_each = 0.0
         self._quiet = asyncio.Event()
         self._quiet.set()
         identity = f"{self.model_name}/{self.total_params}/{self.max_context}"
@@ -90,25 +101,33 @@ class Service:
         self._num_under_way += 1
         self._quiet.clear()
 
-    def ended(self) -> None:
-        """Its answer is over."""
+    def ended(self, seconds: float) -> None:
+        """Its answer is over, so many seconds after it was handed over."""
+        self._seconds_each += _LATEST * (seconds - self._seconds_each)
         self._num_under_way -= 1
         if not self._num_under_way:
             self._quiet.set()
+
+    @property
+    def seconds_to_wait(self) -> int:
+        """After which a client may come back that finds no place: in so long about half of those who are here have
+        gone, by how long the latest stayed."""
+        return min(max(math.ceil(self._seconds_each / 2), 1), MOST_WAIT)
 
     async def quiet(self) -> None:
         """Returns once no answer is under way."""
         await self._quiet.wait()
 
     async def warm_up(self) -> None:
-        """One short generation, so that the first user does not pay for lazy set-up; sets `warmed` in any case."""
+        """One short generation by each engine, so that nobody pays for lazy set-up; sets `warmed` in any case."""
         first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else 0
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        request = Request(id=f"warmup-{uuid.uuid4().hex}", prompt=(first,), params=params)
         try:
-            stream = await self.worker.submit([request])
-            async for _ in stream:
-                pass
+            for engine in self.worker.engines:
+                request = Request(id=f"warmup-{uuid.uuid4().hex}", prompt=(first,), params=params)
+                stream = await engine.submit([request])
+                async for _ in stream:
+                    pass
         except Exception as error:
             logger.exception("the warm-up generation failed")
             self.failure = error

@@ -6,14 +6,15 @@ Knows nothing of HTTP, tokens' text or models.
 import threading
 from typing import TYPE_CHECKING
 
+from daedal.serve.desk_worker import DeskWorker
 from daedal.serve.engine_loop import EngineLoop
-from daedal.serve.worker import State, Submission, Worker, stopped
+from daedal.serve.worker import State, Submission, stopped
 
 if TYPE_CHECKING:
     from daedal.infer.engine import Engine
 
 
-class ThreadWorker(Worker):
+class ThreadWorker(DeskWorker):
     """Owns `engine`, which nobody else may use any more."""
 
     def __init__(self, engine: "Engine"):
@@ -54,3 +55,6 @@ class ThreadWorker(Worker):
 
     def _take_back(self, request_ids: frozenset[str]) -> None:
         self._loop.cancel(request_ids)
+
+    def _look(self) -> None:
+        self._loop.look()

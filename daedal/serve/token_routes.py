@@ -22,7 +22,7 @@ from daedal.serve.service import Service
 MAX_TOKENS = 2**20
 
 
-class _TextBody(BaseModel):
+class TextBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
@@ -31,7 +31,7 @@ class _TextBody(BaseModel):
     return_token_strs: bool | None = None
 
 
-class _IdsBody(BaseModel):
+class IdsBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
@@ -52,7 +52,7 @@ class TokenRoutes:
             check_model(self._service, chat.model)
             ids = await run_in_threadpool(self._conversation, chat)
         else:
-            body = validated(_TextBody, given)
+            body = validated(TextBody, given)
             check_model(self._service, body.model)
             encode = self._service.tokenizer.encode
             ids = await run_in_threadpool(encode, body.prompt, body.add_special_tokens)
@@ -61,7 +61,7 @@ class TokenRoutes:
         return JSONResponse(answer)
 
     async def detokenize(self, request: Request) -> Response:
-        body = validated(_IdsBody, await read_object(request))
+        body = validated(IdsBody, await read_object(request))
         check_model(self._service, body.model)
         tokenizer = self._service.tokenizer
         for token in body.tokens:

@@ -23,16 +23,26 @@ class Turn:
 
     def take(self, output: Output) -> list[Delta]:
         """What the message has gained; with the last output, what was held back too."""
-        deltas = self._parser.push(output.text or "")
+        text, deltas, start = output.text or "", list[Delta](), 0
+        for length in output.lengths:
+            self._num_ids += 1
+            deltas += self._read(self._parser.push(text[start : start + length])) if length else ()
+            start += length
+        self._num_ids += len(output.ids) - len(output.lengths)
+        last = self._parser.push(text[start:])
         if output.finish_reason is not None:
-            deltas += self._parser.finish()
-        self._num_ids += len(output.ids)
-        if any(delta.reasoning for delta in deltas):
-            self.reasoning_tokens = self._num_ids
+            last += self._parser.finish()
+        deltas = joined([*deltas, *self._read(last)])
         for piece in (piece for delta in deltas for piece in delta.tool_calls):
             if piece.index == len(self._arguments):
                 self._arguments.append("")
             self._arguments[piece.index] += piece.arguments
+        return deltas
+
+    def _read(self, deltas: list[Delta]) -> list[Delta]:
+        """These, which came out with the latest id."""
+        if any(delta.reasoning for delta in deltas):
+            self.reasoning_tokens = self._num_ids
         return deltas
 
     def finish_reason(self, reason: str | None) -> str | None:
@@ -41,6 +51,22 @@ class Turn:
         """
         calls = reason == "stop" and self._arguments and all(map(_is_json, self._arguments))
         return "tool_calls" if calls else reason
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """The same answer in as few pieces as there are changes between thought, text and calls."""
+    pieces: list[Delta] = []
+    for delta in deltas:
+        last = pieces[-1] if pieces else None
+        if last is None or _kind(last) != _kind(delta) or delta.tool_calls:
+            pieces.append(delta)
+        else:
+            pieces[-1] = Delta(reasoning=last.reasoning + delta.reasoning, content=last.content + delta.content)
+    return pieces
+
+
+def _kind(delta: Delta) -> tuple[bool, bool, bool]:
+    return bool(delta.reasoning), bool(delta.content), bool(delta.tool_calls)
 
 
 def _is_json(text: str) -> bool:

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from daedal import errors
 from daedal.errors import DaedalError, RequestError
 from daedal.infer.request import Output, Request, SamplingParams, Structure
-from daedal.infer.stats import EngineStats
+from daedal.infer.stats import EngineStats, ExpertsSeen
 from daedal.text.structure.masks import CompiledStructure
 
 MAGIC = b"DDL\x01"
@@ -54,6 +54,8 @@ class Asked:
     params: SamplingParams
     grammar: str | None = None
     cache_salt: str = ""
+    priority: int = 0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class Submit:
                 params=request.params,
                 grammar=_grammar(request.structure),
                 cache_salt=request.cache_salt,
+                priority=request.priority,
+                seconds=request.seconds,
             )
             for request in requests
         )
@@ -89,6 +93,8 @@ class Submit:
                 params=one.params,
                 structure=None if one.grammar is None else compiled(one.grammar),
                 cache_salt=one.cache_salt,
+                priority=one.priority,
+                seconds=one.seconds,
             )
             for one in self.asked
         ]
@@ -100,6 +106,13 @@ class Cancel:
 
     request_ids: tuple[str, ...]
     kind: Literal["cancel"] = "cancel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Watch which experts the next steps choose."""
+
+    kind: Literal["look"] = "look"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +181,14 @@ class Cut:
     kind: Literal["cut"] = "cut"
 
 
-Command = Open | Submit | Cancel
-Report = Opened | NotOpened | Accepted | Refused | Delivered | Cut
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    seen: ExpertsSeen
+    kind: Literal["looked"] = "looked"
+
+
+Command = Open | Submit | Cancel | Look
+Report = Opened | NotOpened | Accepted | Refused | Delivered | Cut | Looked
 
 _CONFIG = ConfigDict(ser_json_inf_nan="constants")
 _COMMANDS: TypeAdapter[Command] = TypeAdapter(Annotated[Command, Field(discriminator="kind")], config=_CONFIG)

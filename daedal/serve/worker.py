@@ -1,8 +1,8 @@
 """What stands between an event loop and an engine, wherever that runs: submissions, their streams, and their ends.
 
-Coroutines hand plain requests to a `Worker` and read plain outputs back. Its two kinds are `thread_worker`, an engine
-in a thread of this process, and `process_worker`, one in a process of its own; here is what they share. Knows nothing
-of HTTP and models, and of the engine only what it reports.
+Coroutines hand plain requests to a `Worker` and read plain outputs back. Its kinds are `thread_worker`, an engine in a
+thread of this process, `process_worker`, one in a process of its own, and `replicas`, several of these; here is what
+they share. Knows nothing of HTTP and models, and of the engine only what it reports.
 """
 
 import asyncio
@@ -13,17 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from daedal.errors import OverloadError
 from daedal.infer.request import Output, Request
-from daedal.infer.stats import EngineStats
+from daedal.infer.stats import EngineStats, ExpertsSeen
 
 T = TypeVar("T")
 
 State = Literal["starting", "ready", "restarting", "stopped"]
-
-# Prompts are kept until their answers end. So many tokens of them may be under way, 40 bytes each, whatever the queue
-# holds: those of so many contexts, which a queue of short contexts never reaches.
-CONTEXTS, LEAST_TOKENS = 32, 2**22
 
 
 class GenerationFailed(RuntimeError):
@@ -71,6 +66,11 @@ class Stream:
         self._unfinished.clear()
         if unfinished:
             self._cancel(unfinished)
+
+    def expire(self, error: Exception) -> None:
+        """In the event loop: cancels what still runs; iterating ends with `error` behind what has come."""
+        self._cancel(frozenset(self._unfinished))
+        self._arrived.put_nowait(error)
 
     def deliver(self, item: Output | Exception) -> bool:
         """From any thread: False when nobody can receive any more."""
@@ -124,6 +124,7 @@ class Desk:
         self._submissions: dict[int, Submission] = {}
         self._owners: dict[str, Submission] = {}
         self.stats = stats
+        self.looks, self.experts = 0, ExpertsSeen()
 
     def enter(self, requests: Sequence[Request]) -> Submission:
         """In an event loop: a submission that waits."""
@@ -183,6 +184,10 @@ class Desk:
         gone = [output.request_id for stream, output in found if not stream.deliver(output)]
         if gone:
             self._cancel(gone)
+
+    def looked(self, seen: ExpertsSeen) -> None:
+        """What the engine saw when it last was to look."""
+        self.looks, self.experts = self.looks + 1, seen
 
     def cut(self, request_ids: Iterable[str], cause: Exception | None = None) -> None:
         """The engine failed with these requests and has dropped them; the others of their submissions go too."""
@@ -251,16 +256,19 @@ class Desk:
 
 
 class Worker(ABC):
-    """Runs one engine; `submit` is for event loops, everything else may be called from any thread.
-
-    failure: why there will be no engine any more; None while there may be.
+    """Takes requests for one engine or several; `submit` is for event loops, everything else may be called from any
+    thread.
     """
 
-    failure: Exception | None = None
-    num_restarts = 0
+    @property
+    def failure(self) -> Exception | None:
+        """Why there will be no engine any more; None while there may be."""
+        return None
 
-    def __init__(self, stats: EngineStats | None = None):
-        self._desk = Desk(self.cancel, stats)
+    @property
+    def num_restarts(self) -> int:
+        """Engines that ended and were started again."""
+        return 0
 
     @property
     @abstractmethod
@@ -274,23 +282,32 @@ class Worker(ABC):
 
     @property
     def pid(self) -> int | None:
-        """Of the engine's process, where it has one of its own."""
+        """Of the engine's process, where there is one of its own on this machine."""
         return None
+
+    @property
+    def engines(self) -> "Sequence[Worker]":
+        """One for each engine."""
+        return (self,)
 
     @property
     def running(self) -> bool:
         """True while requests are taken, if only to wait."""
         return self.state != "stopped"
 
+    @abstractmethod
     def stats(self) -> EngineStats:
-        """The engine's numbers after its latest step."""
-        assert self._desk.stats is not None, "asked before there was an engine"
-        return self._desk.stats
+        """The engines' numbers after their latest steps."""
+
+    @abstractmethod
+    def look(self) -> tuple[int, ExpertsSeen]:
+        """Which experts some steps chose when an engine last looked, and how often it has; it looks again now, unless
+        it was asked a moment ago."""
 
     @property
+    @abstractmethod
     def num_requests(self) -> int:
         """Under way, running or waiting."""
-        return self._desk.num_requests
 
     @abstractmethod
     def start(self) -> None:
@@ -304,34 +321,14 @@ class Worker(ABC):
     def stop(self, timeout: float) -> bool:
         """Closes and waits up to `timeout` seconds for the engine to end; False when it had to be left or killed."""
 
+    @abstractmethod
     async def submit(self, requests: Sequence[Request]) -> Stream:
         """Hands over requests, all or none. Raises what the engine's `add` raises, OverloadError where prompts under
         way are long already, or WorkerStopped."""
-        most = max(LEAST_TOKENS, CONTEXTS * self.max_context)
-        if (held := self._desk.num_prompt_tokens) and held + sum(len(one.prompt) for one in requests) > most:
-            raise OverloadError(f"prompts of {held} tokens are under way, the most is {most}: try again later")
-        submission = self._desk.enter(requests)
-        try:
-            self._hand_over(submission)
-            await submission.answer.future
-        except BaseException:
-            submission.stream.close()
-            raise
-        return submission.stream
 
+    @abstractmethod
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends these requests; ids that are not running are ignored, as they may have finished meanwhile."""
-        ids = frozenset(request_ids)
-        self._desk.withdraw(ids)
-        self._take_back(ids)
-
-    @abstractmethod
-    def _hand_over(self, submission: Submission) -> None:
-        """Gives a submission to the engine; WorkerStopped where there is none and will be none."""
-
-    @abstractmethod
-    def _take_back(self, request_ids: frozenset[str]) -> None:
-        """Tells the engine that nobody waits for these any more."""
 
 
 def stopped() -> WorkerStopped:

@@ -1,5 +1,9 @@
-"""A small checkpoint whose tokenizer has a DeepSeek format's special tokens, and an engine that says given texts."""
+"""A small checkpoint whose tokenizer has a DeepSeek format's special tokens, and an engine that says given texts.
 
+`python -m tests.serve.deepseek DIR --format deepseek-v4` writes such a checkpoint.
+"""
+
+import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -91,3 +95,11 @@ def talking(directory: Path, name: str, before_step: Callable[[], object] = lamb
         httpx.Client(base_url=f"{address}/v1/", timeout=30) as http,
     ):
         yield Talk(address, said, engine, client, http)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a small random checkpoint for one of DeepSeek's chat formats.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--format", choices=sorted(FAMILIES), default="deepseek-v4")
+    wishes = parser.parse_args()
+    deepseek_checkpoint(wishes.directory, wishes.format)

@@ -42,6 +42,9 @@ def read_events(example: tuple[list[dict[str, str]], bool, list[int]], directory
         assert [json.loads(event.data) for event in events] == sent
         assert all(event.event == ("delta" if named else None) for event in events)
         assert last.data == "[DONE]"
+    # Who splits lines by Unicode's rules, as httpx does, reads the same.
+    lines = [line.removeprefix("data: ") for line in whole.decode().splitlines() if line.startswith("data: {")]
+    assert [json.loads(line) for line in lines] == sent
 
 
 async def _each(values: list[dict[str, str]]) -> AsyncIterator[Mapping[str, object]]:

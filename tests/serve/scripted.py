@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from daedal.errors import OverloadError, RequestError
 from daedal.infer.request import Output, Request
-from daedal.infer.stats import EngineStats
+from daedal.infer.stats import EngineStats, ExpertsSeen
 from daedal.infer.stopping import Ending
 from daedal.text.tokenizer import Tokenizer
 
@@ -14,7 +14,8 @@ from daedal.text.tokenizer import Tokenizer
 class ScriptedEngine:
     """Answers with the ids of a script, `ids_per_step` at once, after `before_step`; has the real engine's surface.
 
-    max_running: requests that a step advances, the first of them. cancelled: set when a request was cancelled.
+    max_running: requests that a step advances, the first of them. cancelled: set when a request was cancelled. experts:
+    what it sees whenever it looks.
     """
 
     max_context = 2**30
@@ -38,6 +39,7 @@ class ScriptedEngine:
         self._live: dict[str, tuple[Iterator[int], Ending]] = {}
         self._num_generated = 0
         self.cancelled = threading.Event()
+        self.experts, self._looked_at = ExpertsSeen(), False
 
     @property
     def has_work(self) -> bool:
@@ -73,12 +75,23 @@ class ScriptedEngine:
                 output.ids.append(next(ids))
                 text, output.finish_reason = ending.push(output.ids[-1])
                 output.text += text
+                output.lengths.append(len(text))
             output.stop = ending.stop_string
             self._num_generated += len(output.ids)
             if output.finish_reason is not None:
                 del self._live[request_id]
             outputs.append(output)
         return outputs
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def look(self) -> None:
+        self._looked_at = True
+
+    def seen(self) -> ExpertsSeen | None:
+        looked, self._looked_at = self._looked_at, False
+        return self.experts if looked else None
 
     def stats(self) -> EngineStats:
         live = len(self._live)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,7 +22,7 @@ import psutil
 import pytest
 
 from daedal.serve.connection import TimedConnection
-from daedal.serve.service import Service
+from daedal.serve.service import MOST_WAIT, Service
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.hosted import ENDLESS, MANY
 from tests.serve.live import hosted_service, scripted_service, serving
@@ -147,6 +148,47 @@ def test_overload_is_429_with_a_time_to_come_back(address: str) -> None:
     assert all(status == 200 or int(again) >= 1 for status, again in results)
     assert wait_until(address, lambda stats: stats["num_running"] == 0)["kv_bytes_used"] == 0
     answers_still(address)
+
+
+def test_a_full_server_refuses_before_the_body_comes(checkpoint: Path) -> None:
+    """And the connection goes on: what comes of the body is passed over."""
+    engine = ScriptedEngine(
+        Tokenizer.load(checkpoint), lambda _: itertools.repeat(40), before_step=lambda: threading.Event().wait(0.002)
+    )
+    service = scripted_service(checkpoint, engine)
+    service.max_requests = 1
+    with serving(service) as address, httpx.Client(base_url=f"{address}/v1/") as http:
+        with http.stream("POST", "completions", json={"prompt": "hi", "stream": True, "max_tokens": MANY}) as answer:
+            lines = answer.iter_lines()  # kept, for the connection is closed with it
+            assert next(lines).startswith("data: ")
+            host, port = urlsplit(address).netloc.split(":")
+            with socket.create_connection((host, int(port)), timeout=20) as sock, sock.makefile("rb") as reading:
+                sock.sendall(f"POST /v1/messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: 300000\r\n\r\n".encode())
+                status, error = _answered(reading)
+                assert (status, error["error"]["code"]) == (429, "queue_full")
+                sock.sendall(300_000 * b"a" + f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                assert _answered(reading)[0] == 200
+        wait_until(address, lambda stats: stats["num_running"] == 0)
+        assert http.post("completions", json={"prompt": "hi", "max_tokens": 2}).status_code == 200
+
+
+def _answered(reading: IO[bytes]) -> tuple[int, dict]:
+    status, length = int(reading.readline().split()[1]), 0
+    while (line := reading.readline().strip()) != b"":
+        name, _, value = line.partition(b": ")
+        length = int(value) if name.lower() == b"content-length" else length
+    return status, json.loads(reading.read(length))
+
+
+def test_who_finds_no_place_comes_back_when_half_have_gone(checkpoint: Path) -> None:
+    service = scripted_service(checkpoint, ScriptedEngine(Tokenizer.load(checkpoint), lambda _: [40]))
+    waits = [service.seconds_to_wait]
+    for seconds in (8.0, 1e6):
+        for _ in range(60):
+            service.begun()
+            service.ended(seconds)
+        waits.append(service.seconds_to_wait)
+    assert waits == [1, 4, MOST_WAIT]
 
 
 def test_a_header_bomb_is_431(address: str) -> None:

@@ -16,7 +16,8 @@ from daedal.checkpoint.load import load
 from daedal.errors import CheckpointError, OverloadError, RequestError
 from daedal.infer.engine import Engine
 from daedal.infer.request import Output, Request, SamplingParams
-from daedal.serve.process_worker import EngineLost, Patience, ProcessWorker
+from daedal.serve.child import EngineLost
+from daedal.serve.process_worker import Patience, ProcessWorker
 from daedal.serve.thread_worker import ThreadWorker
 from daedal.serve.worker import GenerationFailed, Stream, Worker, WorkerStopped
 from daedal.text.structure.shape import Shape
@@ -63,6 +64,9 @@ def test_answers_are_those_of_an_engine_in_this_process(checkpoint: Path) -> Non
         whole = {one.id: Output(request_id=one.id) for one in asked}
         async for output in await worker.submit(asked):
             whole[output.request_id].extend(output)
+        for output in whole.values():
+            assert output.waited is not None
+            output.waited = None  # by the clock
         return whole
 
     with working(ThreadWorker(Engine(load(checkpoint), tokenizer=tokenizer, max_batch=4))) as here:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from daedal.cost.spending import Spent
 from daedal.errors import CapacityError, CheckpointError, OverloadError, RequestError
 from daedal.infer.request import Output, Request, SamplingParams, TokenLogprobs
+from daedal.infer.stats import ExpertsSeen
 from daedal.serve import wire
 from daedal.text.structure.shape import Shape
 from daedal.text.structure.structures import Structures
@@ -56,7 +57,7 @@ def test_requests_arrive_as_they_were(checkpoint: Path) -> None:
     asked = [
         Request(id="a-0", prompt=prompt, params=full, structure=rule, cache_salt="ann"),
         Request(id="a-1", prompt=prompt, params=SamplingParams(ignore_eos=True)),
-        Request(id="a-2", prompt=(5,), params=full),
+        Request(id="a-2", prompt=(5,), params=full, priority=-7, seconds=0.25),
     ]
     with pair() as (front, engine, _):
         front.send(wire.Submit.of(7, asked))
@@ -86,6 +87,7 @@ def test_reports_arrive_as_they_were(checkpoint: Path) -> None:
         wire.Opened(max_context=9, stats=stats, facts={"a": [1, None, "x"]}),
         wire.Accepted(number=1),
         wire.Cut(request_ids=("a", "b")),
+        wire.Looked(seen=ExpertsSeen(layers=(1, 3), counts=((0, 5), (5, 0)), num_tokens=5)),
         wire.Refused(number=2, error=wire.Told.of(CapacityError("too long: shorten it", param="prompt"))),
         wire.NotOpened(error=wire.Told.of(CheckpointError("no such thing: name another"))),
     ]

@@ -12,7 +12,7 @@ import pytest
 from daedal.errors import OverloadError
 from daedal.infer.request import Output, Request, SamplingParams
 from daedal.infer.stats import StepError
-from daedal.serve import worker as workers
+from daedal.serve import desk_worker
 from daedal.serve.thread_worker import ThreadWorker
 from daedal.serve.worker import GenerationFailed, Stream, Worker, WorkerStopped
 from daedal.text.tokenizer import Tokenizer
@@ -96,8 +96,8 @@ def test_a_failing_step_fails_its_requests_and_the_worker_lives_on(
 
 
 def test_prompts_under_way_are_bounded_by_their_tokens(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "CONTEXTS", 0)
-    monkeypatch.setattr(workers, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(desk_worker, "CONTEXTS", 0)
+    monkeypatch.setattr(desk_worker, "LEAST_TOKENS", 100)
     engine = ScriptedEngine(tokenizer, lambda _: itertools.repeat(7))
 
     def endless(name: str, num_tokens: int) -> Request:

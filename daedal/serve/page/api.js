@@ -20,6 +20,11 @@ export class Api {
     return (await this.ask("/stats", {})).json();
   }
 
+  // Which experts the server saw last; it looks again because of it.
+  async experts() {
+    return (await this.ask("/experts", {})).json();
+  }
+
   // The chunks of an answer.
   async *answer(body, signal) {
     const stream = { stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };

@@ -7,6 +7,7 @@ import { byId, download, textButton } from "./elements.js";
 import { List } from "./list.js";
 import { Live } from "./live.js";
 import { showAnswer, showCosts } from "./panel.js";
+import { MOST_BYTES, restored } from "./restored.js";
 import { Settings } from "./settings.js";
 import { MOST, Store } from "./store.js";
 import { Turns, fit } from "./turns.js";
@@ -170,6 +171,7 @@ async function showList() {
   const heads = (await store?.heads()) ?? [];
   list.show(heads, current.id, runs);
   byId("export-all").disabled = !heads.length;
+  byId("import").disabled = !store;
 }
 
 function showError(text) {
@@ -277,6 +279,24 @@ async function exportAll() {
   download("conversations.json", JSON.stringify(await store.readAll(), null, 2));
 }
 
+// What was exported comes back, beside what is here; of one conversation the file's state is kept.
+async function importFile(file) {
+  try {
+    if (file.size > MOST_BYTES) throw new Error("The file is too large: choose one that was exported here.");
+    const found = restored(await file.text()).filter(({ id }) => !runs.has(id));
+    for (const conversation of found) {
+      if (!conversation.title) entitle(conversation);
+      await store.save(conversation);
+    }
+    await store.trim();
+    showNotice(found.length === 1 ? "One conversation is here again." : `${found.length} conversations are here again.`);
+    if (found.some(({ id }) => id === current.id)) current = await store.read(current.id);
+    show();
+  } catch (error) {
+    showError(error.message);
+  }
+}
+
 // The address says which conversation is open, so that a reload opens it again.
 
 function addressed() {
@@ -339,6 +359,11 @@ byId("stop").addEventListener("click", () => {
 });
 byId("new-chat").addEventListener("click", newChat);
 byId("export-all").addEventListener("click", exportAll);
+byId("import").addEventListener("click", () => byId("import-file").click());
+byId("import-file").addEventListener("change", ({ target }) => {
+  if (target.files.length) importFile(target.files[0]);
+  target.value = "";
+});
 byId("toggle-side").addEventListener("click", () => showSide(!sideIsOpen()));
 byId("shade").addEventListener("click", () => showSide(false));
 input.addEventListener("input", adjust);

@@ -2,6 +2,7 @@
 // whom, what its model can do, and the numbers that the panel shows.
 
 import { byId } from "./elements.js";
+import { Experts } from "./experts.js";
 import { showCompared, showServer, showSilence } from "./panel.js";
 
 const IDLE_POLL_MS = 5000;
@@ -19,6 +20,7 @@ export class Live {
     this.countsCost = false;
     this.busy = false;
     this.timer = 0;
+    this.experts = new Experts();
     document.addEventListener("visibilitychange", () => !document.hidden && this.poll());
   }
 
@@ -35,6 +37,7 @@ export class Live {
   hurry(busy) {
     if (busy === this.busy) return;
     this.busy = busy;
+    if (busy) this.experts.begin();
     this.again(SOON_MS);
   }
 
@@ -48,11 +51,19 @@ export class Live {
     if (!document.hidden) {
       try {
         this.take(await this.api.stats());
+        await this.look();
       } catch (error) {
         this.miss(error);
       }
     }
     this.again(this.busy ? BUSY_POLL_MS : IDLE_POLL_MS);
+  }
+
+  // Only while somebody sees it: looking costs the server a little.
+  async look() {
+    if (!this.busy || !byId("live").open || this.experts.none) return;
+    const seen = await this.api.experts().catch(() => null);
+    if (seen) this.experts.take(seen);
   }
 
   take(stats) {

@@ -39,7 +39,7 @@ def test_a_thought_is_folded_above_its_answer_and_calls_stand_below(
         until(browser, lambda _: text_of(browser, "#model") == "tiny")
         waits.set()
         say(browser, "Where?")
-        until(browser, lambda _: text_of(browser, ".thought-text").startswith("First"))
+        until(browser, lambda _: text_of(browser, ".thought-text").startswith("F"))  # what follows goes together
         details = browser.find_element(By.CSS_SELECTOR, ".turn.assistant details.thought")
         assert details.get_property("open")
         assert browser.find_elements(By.CLASS_NAME, "said") == []

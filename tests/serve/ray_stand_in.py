@@ -1,0 +1,51 @@
+"""What `ray_hosts` uses of Ray, in threads of this process: for tests where Ray is not installed."""
+
+import threading
+from concurrent.futures import Future, wait
+from types import ModuleType
+from typing import Any
+
+
+class RayError(Exception):
+    """Of which there is none here."""
+
+
+class _Method:
+    def __init__(self, function: Any, has_room: bool):
+        self._function, self._has_room = function, has_room
+
+    def remote(self, *given: Any) -> Future:
+        status: Future = Future()
+        if self._has_room:
+            threading.Thread(target=lambda: status.set_result(self._function(*given)), daemon=True).start()
+        return status
+
+
+class _Actor:
+    def __init__(self, host: Any, has_room: bool):
+        self.run = _Method(host.run, has_room)
+
+
+class _Kind:
+    def __init__(self, kind: type, machine: dict[str, float]):
+        self._kind, self._machine, self._wanted = kind, machine, {}
+
+    def options(self, **wanted: float) -> "_Kind":
+        self._wanted = wanted
+        return self
+
+    def remote(self) -> _Actor:
+        return _Actor(self._kind(), self._wanted["num_cpus"] <= self._machine["CPU"])
+
+
+def modules(**machine: float) -> dict[str, ModuleType]:
+    """`ray` and its parts, on one machine with so much of everything."""
+    ray, util, exceptions = ModuleType("ray"), ModuleType("ray.util"), ModuleType("ray.exceptions")
+    exceptions.RayError, util.get_node_ip_address = RayError, lambda: "127.0.0.1"
+    ray.util, ray.exceptions = util, exceptions
+    ray.init, ray.kill = lambda **options: None, lambda actor: None
+    ray.nodes = lambda: [{"Alive": True, "Resources": machine}]
+    ray.remote = lambda kind: _Kind(kind, machine)
+    ray.get = lambda status: status.result()
+    ray.wait = lambda statuses, timeout=None: tuple(map(list, wait(statuses, timeout)))
+    return {"ray": ray, "ray.util": util, "ray.exceptions": exceptions}
