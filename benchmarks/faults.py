@@ -1,9 +1,10 @@
 """A real server under faults: overload, clients that vanish, a killed engine, an end with answers under way.
 
-    python benchmarks/faults.py MODEL [--disconnects 1000] [--rounds 6]
+    python benchmarks/faults.py MODEL [--disconnects 1000] [--seconds 60] [--only-overload]
 
 Starts `daedal serve MODEL` with few places, and looks at it from outside: what clients got, times, open files, memory
-of both processes, bytes of the cache. Prints a table, and one JSON line last.
+of both processes, bytes of the cache. Clients under load write and read bare bytes and come back when they are told
+to, so that on a small machine it is the server that is looked at. Prints a table, and one JSON line last.
 """
 
 import argparse
@@ -14,23 +15,16 @@ import math
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 from circumstances import circumstances
 from rich.console import Console
 from rich.table import Table
+from served import Server, serving
 
 from daedal.infer.request import Output
 from daedal.infer.stats import EngineStats
@@ -41,23 +35,24 @@ SHORT = {"prompt": "It is a truth", "max_tokens": 24, "ignore_eos": True}
 LONG = {"prompt": "It is a truth", "max_tokens": 400, "ignore_eos": True, "stream": True}
 COMPLETE = "/v1/completions"
 AT_ONCE = 50
-MEGABYTE = 1e6
 
 
 @dataclass
 class Seen:
-    """What clients met. seconds: of answers that came whole, as clients saw them; served: the same as the server's log
-    has them, without what it took these clients to get there."""
+    """What clients met. seconds: of answers that came whole, from the try that was admitted; served: the same as the
+    server's log has them; refusals: seconds of each, by the log."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     served: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
+    lasted: float = 0.0
 
     def told(self) -> dict[str, object]:
         statuses = {str(status): count for status, count in sorted(self.statuses.items())}
-        sides = {"": self.seconds, "served_": self.served}
+        sides = {"": self.seconds, "served_": self.served, "refusal_": self.refusals}
         quantiles = {f"{side}p{share}": quantile(all, share) for side, all in sides.items() for share in (50, 99)}
-        return {"statuses": statuses, **quantiles}
+        return {"statuses": statuses, "answers_per_second": self.statuses[200] / self.lasted, **quantiles}
 
 
 def quantile(values: list[float], percent: int) -> float:
@@ -65,91 +60,57 @@ def quantile(values: list[float], percent: int) -> float:
     return ordered[math.ceil(percent / 100 * len(ordered)) - 1] if ordered else math.nan
 
 
-class Server:
-    """`daedal serve` and the process of its engine."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str, log: IO[str]):
-        self.process, self.address, self._log = process, address, log
-        self._front = psutil.Process(process.pid)
-
-    @property
-    def engine(self) -> psutil.Process:
-        return next(child for child in self._front.children() if "daedal.cli.engine" in child.cmdline())
-
-    def memory(self) -> dict[str, float]:
-        """Resident megabytes, and files that the front end has open."""
-        pair = {"front_mb": self._front, "engine_mb": self.engine}
-        told = {name: process.memory_info().rss / MEGABYTE for name, process in pair.items()}
-        return {**told, "front_files": float(self._front.num_fds())}
-
-    def served(self) -> list[float]:
-        """Seconds of completions that were answered since this was asked last, by the log."""
-        lines = [json.loads(line) for line in self._log if line.startswith("{")]
-        return [line["seconds"] for line in lines if line.get("route") == COMPLETE and line["status"] == 200]
-
-    def load(self, clients: int, rounds: int) -> Seen:
-        """`clients` who ask again and again."""
-        self.served()
-        seen = asyncio.run(load(self.address, clients, rounds))
-        seen.served = self.served()
-        return seen
-
-    def stats(self) -> dict[str, float]:
-        return httpx.get(f"{self.address}/stats", timeout=30).json()
-
-    def settled(self) -> dict[str, float]:
-        """The numbers once nothing runs."""
-        while (stats := self.stats())["num_running"] or stats["num_waiting"]:
-            time.sleep(0.05)
-        return stats
+OPTIONS = ("--max-batch", str(BATCH), "--max-waiting", str(WAITING), "--drain-seconds", "5")
 
 
-@contextmanager
-def serving(model: str) -> Iterator[tuple[Server, float]]:
-    """The server once it has said its address, and the seconds that took."""
-    options = ["--port", "0", "--max-batch", str(BATCH), "--max-waiting", str(WAITING), "--drain-seconds", "5"]
-    options += ["--log-format", "json"]
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "daedal", "serve", model, *options]
-    with (
-        TemporaryDirectory() as folder,
-        (Path(folder) / "log").open("w+") as log,
-        (Path(folder) / "log").open() as reading,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        try:
-            yield Server(process, address, reading), time.perf_counter() - start
-        finally:
-            process.terminate()
+def under_load(server: Server, clients: int, seconds: float) -> dict[str, object]:
+    """`clients` who ask again and again, what they met, and the server's memory then."""
+    server.logged()
+    seen = asyncio.run(load(server.address, clients, seconds))
+    server.settled()
+    for line in server.logged():
+        if line["route"] == COMPLETE and line["status"] in (200, 429):
+            (seen.served if line["status"] == 200 else seen.refusals).append(line["seconds"])
+    return {**seen.told(), **server.memory()}
 
 
-async def load(address: str, clients: int, rounds: int) -> Seen:
-    """`clients` who ask again and again, and come back when they are told to."""
-    seen = Seen()
+async def load(address: str, clients: int, seconds: float) -> Seen:
+    seen, begin = Seen(), time.monotonic()
+    host, port = urlsplit(address).netloc.split(":")
+    request = message(SHORT)
 
-    async def client(http: httpx.AsyncClient) -> None:
-        for _ in range(rounds):
-            start = time.perf_counter()
-            answer = await http.post(COMPLETE, json=SHORT)
-            seen.statuses[answer.status_code] += 1
-            if answer.status_code == 200:
-                seen.seconds.append(time.perf_counter() - start)
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while time.monotonic() < begin + seconds:
+            start = time.monotonic()
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+            await reader.readexactly(int(fields["content-length"]))
+            status = int(head.split(" ", 2)[1])
+            seen.statuses[status] += 1
+            if status == 200:
+                seen.seconds.append(time.monotonic() - start)
             else:
-                await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
+                await asyncio.sleep(float(fields["retry-after"]))
+        writer.close()
+        await writer.wait_closed()
 
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as http:
-        await asyncio.gather(*(client(http) for _ in range(clients)))
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seen.lasted = time.monotonic() - begin
     return seen
+
+
+def message(body: dict[str, object]) -> bytes:
+    """A request's bytes."""
+    data = json.dumps(body).encode()
+    return f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def vanish(address: str, count: int) -> int:
     """Clients that reset their connection, at moments that differ; how many had begun to be answered."""
     host, port = urlsplit(address).netloc.split(":")
-    body = json.dumps(LONG).encode()
-    request = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    request = message(LONG)
     begun = 0
     for first in range(0, count, AT_ONCE):
         socks = []
@@ -228,31 +189,34 @@ def wire_microseconds(num_outputs: int, *, repeats: int = 500) -> float:
     return 1e6 * seconds / repeats
 
 
+def faults(server: Server, disconnects: int) -> dict[str, object]:
+    """Clients that vanish, a killed engine, and the server's end."""
+    begun = vanish(server.address, disconnects)
+    stats, gone = server.settled(), server.memory()
+    kill = asyncio.run(killed(server))
+    return {
+        "disconnects": {"clients": disconnects, "begun": begun, "kv_bytes": stats["kv_bytes_used"], **gone},
+        "kill": kill,
+        "drain": drained(server),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--disconnects", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=6, help="requests of each client under load")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of full load, and of overload")
+    parser.add_argument("--only-overload", action="store_true")
     chosen = parser.parse_args()
-    with serving(chosen.model) as (server, seconds):
-        fresh = server.memory()
-        full = server.load(BATCH + WAITING, chosen.rounds)
-        before = server.memory()
-        over = server.load(10 * (BATCH + WAITING), chosen.rounds)
-        after = server.memory()
-        begun = vanish(server.address, chosen.disconnects)
-        stats, gone = server.settled(), server.memory()
-        kill = asyncio.run(killed(server))
-        end = drained(server)
-    rows: dict[str, object] = {
-        "wire_us": {f"{count} outputs": wire_microseconds(count) for count in (1, 16, 64)},
-        "start": {"seconds": seconds, **fresh},
-        "full": {**full.told(), **before},
-        "overload": {**over.told(), **after},
-        "disconnects": {"clients": chosen.disconnects, "begun": begun, "kv_bytes": stats["kv_bytes_used"], **gone},
-        "kill": kill,
-        "drain": end,
-    }
+    with serving(chosen.model, *OPTIONS) as (server, seconds):
+        rows: dict[str, object] = {
+            "wire_us": {f"{count} outputs": wire_microseconds(count) for count in (1, 16, 64)},
+            "start": {"seconds": seconds, **server.memory()},
+        }
+        for name, times in (("warm", 1), ("full", 1), ("overload", 10)):
+            rows[name] = under_load(server, times * (BATCH + WAITING), chosen.seconds / (4 if name == "warm" else 1))
+        if not chosen.only_overload:
+            rows |= faults(server, chosen.disconnects)
     table = Table("fault", "what came of it", title=f"daedal serve {chosen.model}: {BATCH} run, {WAITING} wait")
     for name, row in rows.items():
         table.add_row(name, json.dumps(row, default=str))

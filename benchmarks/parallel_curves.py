@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from daedal.config import ModelConfig
+from daedal.mesh import join
 from daedal.model.transformer import Transformer, empty, initialise
 from daedal.train.batches import Batches
 from daedal.train.dataset import Dataset
@@ -29,7 +30,7 @@ from daedal.train.learner import Alone, Learner
 from daedal.train.loop import LoopConfig, train
 from daedal.train.objective import Pretraining
 from daedal.train.optimizer import OptimizerConfig, Optimizers, groups
-from daedal.train.parallel.layout import Layout, Place, join
+from daedal.train.parallel.layout import Layout, Place
 from daedal.train.parallel.spread import spread
 from daedal.train.sampling import Sampler
 from daedal.train.schedule import Schedule

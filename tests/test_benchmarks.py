@@ -125,3 +125,30 @@ def test_families_of_one_size_are_alike_in_what_a_token_meets(bench: Any, tmp_pa
         assert [config.n_routed_experts for config in configs.values()] == [0, 0, 8]
         active = [active_params(config, parameters(config)) for config in configs.values()]
         assert max(active) / min(active) < 1.03
+
+
+def test_load_counts_what_came_in_time_and_times_every_answer(bench: Any) -> None:
+    """Answers that ended later give times but no rate; those that never ended are told apart."""
+    seen = [
+        {"asked": 0.0, "events": [1.0, 2.0, 4.0], "reason": "length", "tokens": 3, "ended": 4.0},
+        {"asked": 1.0, "events": [4.0, 11.0], "reason": "length", "tokens": None, "ended": 11.0},
+        {"asked": 2.0, "events": [], "reason": None, "tokens": None, "ended": 12.0},
+    ]
+    told = bench("load").told(seen, 10.0)
+    assert (told["answers"], told["failed"], told["tokens_an_answer"]) == (2, 1, 2.5)
+    assert told["requests_per_second"] == pytest.approx(0.1)
+    assert told["tokens_per_second"] == pytest.approx(0.4)
+    assert (told["first_p50"], told["first_p99"]) == (1.0, 3.0)
+    assert (told["between_p50"], told["between_p99"]) == (2.0, 7.0)
+    assert (told["per_token_p50"], told["per_token_p99"]) == (1.5, 7.0)
+
+
+def test_a_soak_sees_memory_that_grows(bench: Any) -> None:
+    soak = bench("soak")
+
+    def samples(per_minute: float) -> list[Any]:
+        rest = {"engine_mb": 1.0, "front_files": 1, "engine_files": 1, "kv_bytes_used": 0, "running": 0, "requests": 0}
+        return [soak.Sample(minutes=m, front_mb=200 + (50 if m < 5 else per_minute * m), **rest) for m in range(30)]
+
+    assert soak.growth(samples(0.0), "front_mb", 5.0)["mb_per_hour"] == pytest.approx(0.0, abs=1e-6)
+    assert soak.growth(samples(0.5), "front_mb", 5.0)["mb_per_hour"] == pytest.approx(30.0)
