@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from daedal.cli import bench_tables, cost_arguments
+from daedal.cli.console import table_console
 from daedal.cli.fetching import resolve_shown
 from daedal.cli.opening import DeviceOption, KvCacheName, KvCacheOption, display_name, say
 from daedal.cli.precision import choose_dtype
@@ -98,7 +99,7 @@ def _calibrate(device: "torch.device", meter: "Meter", seconds: float | None, fo
             effort=effort,
             progress=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
         )
-    _console().print(*bench_tables.calibration_tables(found))
+    table_console().print(*bench_tables.calibration_tables(found))
     if found.busy:
         say(f"this machine is busy: {found.busy}")
     path = calibration.write(found, force=force)
@@ -196,7 +197,7 @@ def _predictor(loaded: Loaded, kv_cache_dtype: KvCacheName) -> "tuple[Predictor 
 def _show(
     title: str, points: "list[Point]", loaded: Loaded, peak: int, energy: str | None, unpredicted: str | None
 ) -> None:
-    console = _console()
+    console = table_console()
     console.print(bench_tables.points_table(title, points))
     lines = [f"loaded in {loaded.seconds:.2f} s; memory at the peak {in_bytes(peak)}"]
     lines += [f"{one.batch} x {one.context:,} tokens: {one.refusal}" for one in points if one.refusal]
@@ -204,7 +205,7 @@ def _show(
     if unpredicted:
         lines.append(f"nothing is predicted: {unpredicted}")
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
 
 
 def _write(out: Path, title: str, told: dict[str, object], points: "list[Point]") -> None:
@@ -220,10 +221,3 @@ def _write(out: Path, title: str, told: dict[str, object], points: "list[Point]"
 
     plot(out / PLOT, title, points)
     say(f"written: {out / REPORT} and {out / PLOT}")
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 10_000  # a file or a pipe takes the tables whole
-    return console

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from daedal.cli.console import table_console
 from daedal.cli.conversion_table import describe, table
 from daedal.cli.fetching import FetchDisplay, displayed, resolve_shown
 from daedal.cli.opening import say
@@ -157,7 +157,7 @@ def command(
     )
     with displayed() as display:
         reports = _convert(wishes, display)
-    Console().print(table(reports))
+    table_console().print(table(reports))
     if wishes.json_line:
         print(json.dumps({"model": str(dst), "stages": [report.record() for report in reports]}))
 

@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from daedal.cli import cost_arguments, cost_predictions
+from daedal.cli.console import table_console
 from daedal.cli.cost_predictions import Predictions, Wanted
 from daedal.cli.fetching import resolve_shown
 from daedal.cli.units import in_bytes, in_flops, in_parameters
@@ -118,9 +118,7 @@ def _show(
     wanted: Wanted | None,
     table: Prices | None,
 ) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 10_000  # a file or a pipe takes the tables whole
+    console = table_console()
     first = [report for report in reports if report.context == lengths[0]]
     console.print(_table(first, lengths[0]))
     if len(lengths) > 1:
@@ -129,7 +127,7 @@ def _show(
         return
     cost_predictions.show(console, predicted, wanted)
     for line in _bought(first, table):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
 
 
 def _object(

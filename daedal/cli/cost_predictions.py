@@ -105,9 +105,9 @@ def show(console: Console, predicted: Sequence[Predictions], wanted: Wanted) -> 
         if len(one.made) == 1 and one.made[0].decode is not None:
             console.print(_parts(one.made[0].decode))
     for name, reason in predicted[0].refused.items():
-        console.print(f"{name}: {reason}", markup=False, highlight=False)
+        console.print(f"{name}: {reason}")
     for note in _notes([made for one in predicted for made in one.made]):
-        console.print(textwrap.fill(note, _NOTE_WIDTH), markup=False, highlight=False)
+        console.print(textwrap.fill(note, _NOTE_WIDTH))
 
 
 def _memory(predicted: Predictions, wanted: Wanted) -> Table:

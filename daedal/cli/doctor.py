@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from daedal import __version__
+from daedal.cli.console import table_console
 from daedal.cli.op_samples import samples
 from daedal.cli.precision import choose_dtype, cpu_capabilities
 from daedal.cli.silicon_plan import OpChoice, Silicon, described, show_ops, show_plan, show_silicon
@@ -96,9 +97,9 @@ def command(
 ) -> None:
     """Say what this machine has, and what Daedal chose for it."""
     if profile is not None:
-        return show_plan(profile, Console(), as_json=as_json)
+        return show_plan(profile, table_console(), as_json=as_json)
     found = diagnose()
-    _show(found, Console())
+    _show(found, table_console())
     if as_json:
         print(json.dumps(found))
 

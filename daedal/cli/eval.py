@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from daedal.cli.console import table_console
 from daedal.cli.eval_tables import tables
 from daedal.cli.fetching import FetchDisplay, resolve_shown
 from daedal.cli.opening import DeviceOption, display_name, say
@@ -216,9 +217,7 @@ def _report(model: str, found: Found, beside: tuple[str, Found] | None, out: Pat
     if beside is not None:
         other, difference = summarise(beside[1].answers), compare(found.answers, beside[1].answers)
         told |= {"baseline": {"model": beside[0], **asdict(other)}, "difference": asdict(difference)}
-    console = Console()
-    if not console.is_terminal:
-        console.width = 10_000  # a file or a pipe takes the tables whole
+    console = table_console()
     for table in tables(summary, other, difference):
         console.print(table)
     if summary.texts and difference is not None and not difference.texts:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from daedal.cli.console import table_console
 from daedal.cli.fetching import FetchDisplay, resolve_shown
 from daedal.cli.units import in_bytes
 
@@ -73,7 +74,7 @@ def command(
         if bars.tasks:
             bars.stop()
     _document(source, dst, report, list(calibrate or ()))
-    Console().print(_table(report))
+    table_console().print(_table(report))
     if json_line:
         print(json.dumps({"source": str(source), "destination": str(dst), **dataclasses.asdict(report)}))
 

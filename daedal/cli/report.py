@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from daedal.cli import cost_arguments
+from daedal.cli.console import table_console
 from daedal.cli.cost import read_config
 from daedal.cli.opening import say
 from daedal.cost import hardware, prices
@@ -134,12 +134,10 @@ def _show(report: "Report") -> None:
     from daedal.cli.report_tables import section_table
     from daedal.report.page import headlines
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 10_000  # a file or a pipe takes the tables whole
+    console = table_console()
     for section in report.sections:
         console.print(section_table(section))
         for sentence in (*headlines(section), *section.notes):
-            console.print(sentence, markup=False, highlight=False)
+            console.print(sentence)
     for sentence in (*report.left_out, *report.notes):
         say(sentence)
