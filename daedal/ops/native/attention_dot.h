@@ -149,10 +149,18 @@ struct DotEngine {
             __m512 sums[16];
             for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
             const char* rows = reinterpret_cast<const char*>(keys[tile]);
-            for (int64_t k = 0; k < dim; k += 2) {
-                const __m512bh query = (__m512bh)_mm512_load_si512(queries + k * 16);
+            const int64_t stride = strides[tile];
+            // Rows mostly follow one another, but sixteen streams are too many for prefetchers.
+            const char* ahead = rows + 16 * stride;
+            for (int64_t k = 0; k < dim; k += 32, ahead += 64, rows += 64) {
+                const char* row = ahead;
+#pragma GCC unroll 2
+                for (int pair = 0; pair < 16; ++pair, row += stride) {
+                    const __m512bh query = (__m512bh)_mm512_load_si512(queries + k * 16 + pair * 32);
+                    _mm_prefetch(row, _MM_HINT_T0);
 #pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) sums[i] = multiply(sums[i], query, rows + i * strides[tile] + k * 2);
+                    for (int i = 0; i < 16; ++i) sums[i] = multiply(sums[i], query, rows + i * stride + pair * 4);
+                }
             }
             for (int i = 0; i < 16; ++i) _mm512_store_ps(to + i * 16, sums[i]);
         }
@@ -167,6 +175,8 @@ struct DotEngine {
                 accumulate_rows<4>(weights, stride, count, values, fresh, total);
             else if (rows <= 8)
                 accumulate_rows<8>(weights, stride, count, values, fresh, total);
+            else if (rows <= 12)
+                accumulate_rows<12>(weights, stride, count, values, fresh, total);
             else
                 accumulate_rows<16>(weights, stride, count, values, fresh, total);
         }
