@@ -157,7 +157,7 @@ struct DotEngine {
 #pragma GCC unroll 2
                 for (int pair = 0; pair < 16; ++pair, row += stride) {
                     const __m512bh query = (__m512bh)_mm512_load_si512(queries + k * 16 + pair * 32);
-                    _mm_prefetch(row, _MM_HINT_T0);
+                    _mm_prefetch(row, _MM_HINT_T1);
 #pragma GCC unroll 16
                     for (int i = 0; i < 16; ++i) sums[i] = multiply(sums[i], query, rows + i * stride + pair * 4);
                 }
