@@ -28,7 +28,7 @@ from served import Server, serving
 
 from daedal.infer.request import Output
 from daedal.infer.stats import EngineStats
-from daedal.serve import wire
+from daedal.serve.workers import wire
 
 BATCH, WAITING = 4, 4
 SHORT = {"prompt": "It is a truth", "max_tokens": 24, "ignore_eos": True}

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from daedal.errors import DaedalError
 from tests.checkpoint import hostile_files
 from tests.hostile import Target
-from tests.serve import hostile_events
+from tests.serve.api import hostile_events
 from tests.text import hostile_answers
 
 LONGEST = 10.0  # seconds of one example

@@ -42,6 +42,18 @@ PLANTED = {
         "daedal/model/layer.py:3: model (floor 2) imports train",
     ),
     "across": ({"daedal/infer/engine": "import daedal.train.loop\n"}, "daedal/infer/engine.py:1: infer imports train"),
+    "up within a room": (
+        {"daedal/serve/workers/wire": "from daedal.serve.state import keys\n"},
+        "daedal/serve/workers/wire.py:1: workers imports daedal.serve.state.keys, which is above it in serve: up",
+    ),
+    "up to what the room has above its storeys": (
+        {"daedal/serve/api/chat": "import math\nfrom daedal.serve.app import build_app\n"},
+        "daedal/serve/api/chat.py:2: api imports daedal.serve.app.build_app, which is above it in serve: up",
+    ),
+    "a storey that is not in the plan": (
+        {"daedal/serve/attic/box": "x = 1\n"},
+        "daedal/serve/attic/box.py:1: the plan has no storey 'attic' in serve",
+    ),
     "in a function": (
         {"daedal/ops/pick": "def pick():\n    import math\n    return math\n"},
         "daedal/ops/pick.py:2: imports math inside a function",
@@ -121,6 +133,8 @@ def test_floors_allows_what_the_plan_allows(tmp_path: Path) -> None:
         "daedal/__init__": "def __getattr__(name):\n    from daedal.infer import engine\n",
         "daedal/infer/engine": "import torch\nfrom daedal.infer.request import Request\n",
         "daedal/infer/request": "import math\n",
+        "daedal/serve/app": "from daedal.serve.api.chat import ChatEndpoint\nfrom daedal.serve.door import Door\n",
+        "daedal/serve/api/chat": "from daedal.serve.state import keys\nfrom daedal.serve.api import body\n",
         "daedal/model/batch": "import torch\ndef go(model):\n    model.eval()\n    model.load('x')\n",
         "daedal/cost/count": "from daedal import shapes\nif TYPE_CHECKING:\n    import torch\n",
     }

@@ -10,8 +10,8 @@ import torch
 import daedal
 from daedal.cost.count import report
 from daedal.serve.app import build_app
-from daedal.serve.service import Service
-from daedal.serve.thread_worker import ThreadWorker
+from daedal.serve.state.service import Service
+from daedal.serve.workers.thread_worker import ThreadWorker
 from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 from tests.tiny import FAMILIES, tiny_checkpoint, tiny_model

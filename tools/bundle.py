@@ -23,7 +23,7 @@ from daedal.convert.texts import read_texts
 from daedal.distill.documents import document
 from daedal.distill.provenance import Data, Model, Provenance
 from daedal.errors import DaedalError
-from daedal.serve.ancestry import ORIGINAL, describe_original
+from daedal.serve.state.ancestry import ORIGINAL, describe_original
 from daedal.text.tokenizer import Tokenizer
 from daedal.train.documents import licence_of
 

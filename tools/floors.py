@@ -1,9 +1,9 @@
 """Holds the house to its plan: `python tools/floors.py [ROOT]` prints each breach as path:line and exits 1.
 
-Imports go down the floors only, rooms of one floor never import each other, only the roof imports inside functions,
-facts know the standard library alone, what must run without torch reaches it by no path, and every other package that
-is imported is declared. Also refuses file names that say nothing and calls that run or unpickle foreign code. Reads
-sources as syntax trees and imports none of them.
+Imports go down the floors only, rooms of one floor never import each other, within a large room they go down its
+storeys, only the roof imports inside functions, facts know the standard library alone, what must run without torch
+reaches it by no path, and every other package that is imported is declared. Also refuses file names that say nothing
+and calls that run or unpickle foreign code. Reads sources as syntax trees and imports none of them.
 """
 
 import ast
@@ -27,6 +27,8 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FACTS, ROOF = 0, len(FLOORS) - 1
+STOREYS = {"serve": ("workers", "state", "api")}
+"""Folders of a room from the lowest up; the room's own modules stand above them (decision 024)."""
 
 WITHOUT_TORCH = (
     "config",
@@ -111,6 +113,7 @@ def breaches(root: Path) -> list[Breach]:
     declared = declared_packages(root / "pyproject.toml")
     for source in modules.values():
         found += _stairs(source)
+        found += _storeys(source)
         found += _undeclared(source, declared)
         found += _torch(source, modules)
     return sorted(set(found))
@@ -207,6 +210,27 @@ def _stairs(source: Source) -> Iterator[Breach]:
             yield Breach(source.path, item.line, f"{source.room} (floor {floor}) imports {room} (floor {other}): up")
         elif other == floor and room != source.room and floor not in (FACTS, ROOF):
             yield Breach(source.path, item.line, f"{source.room} imports {room}: rooms of floor {floor} stay apart")
+
+
+def _storeys(source: Source) -> Iterator[Breach]:
+    """Imports that climb within a room, and folders of it that the plan does not know."""
+    storeys = STOREYS.get(source.room)
+    if storeys is None:
+        return
+    above = len(storeys)  # where the room's own modules stand, and the room as a whole
+    parts = source.path.parent.parts[2:]
+    if parts and parts[0] not in storeys:
+        rule = f"the plan has no storey {parts[0]!r} in {source.room}: add it to STOREYS in tools/floors.py"
+        yield Breach(source.path, 1, rule)
+        return
+    storey = storeys.index(parts[0]) if parts else above
+    for item in source.imports:
+        package, room, *rest = [*item.module.split("."), ""]
+        if (package, room) != (PACKAGE, source.room):
+            continue
+        other = storeys.index(rest[0]) if rest[0] in storeys else above
+        if other > storey:
+            yield Breach(source.path, item.line, f"{parts[0]} imports {item.module}, which is above it in {room}: up")
 
 
 def _torch(source: Source, modules: dict[str, Source]) -> Iterator[Breach]:

@@ -87,8 +87,8 @@ def _answered(
     """Answers lines behind a bar until all are done or the user stops it: how many were, and how many of these failed.
     name: what the model was asked for by, which requests may use too."""
     from daedal.serve.batch import run_batch
-    from daedal.serve.service import Service
-    from daedal.serve.thread_worker import ThreadWorker
+    from daedal.serve.state.service import Service
+    from daedal.serve.workers.thread_worker import ThreadWorker
 
     service = Service(
         worker=ThreadWorker(opened.engine),

@@ -21,7 +21,7 @@ from daedal.cli.units import in_bytes
 from daedal.cli.weights import WeightsName
 
 if TYPE_CHECKING:
-    from daedal.serve.engine_host import Hosted
+    from daedal.serve.workers.engine_host import Hosted
 
 COMMAND = (sys.executable, "-P", "-m", "daedal.cli.engine")
 
@@ -73,7 +73,7 @@ class Facts:
 
 def main() -> None:
     from daedal.cli.app import configure_logging
-    from daedal.serve.engine_host import host
+    from daedal.serve.workers.engine_host import host
 
     configure_logging(os.environ.get("DAEDAL_LOG", ""))
     try:
@@ -85,7 +85,7 @@ def main() -> None:
 
 def _make(options: Mapping[str, Any]) -> "Hosted":
     from daedal.checkpoint.load import resolve_device
-    from daedal.serve.engine_host import Hosted
+    from daedal.serve.workers.engine_host import Hosted
     from daedal.text.structure.structures import Structures
 
     wish = Wish.read(options)

@@ -64,7 +64,7 @@ def open_shared(
     """Rank 0's part, loaded by `fill` while the other ranks, started here, load theirs. device: its kind. From now on
     this process ends when one of them does. A DaedalError says why the model cannot be shared so.
     """
-    from daedal.serve.ranks import Ranks
+    from daedal.serve.workers.ranks import Ranks
 
     sharing.check(ModelConfig.read(directory), placement.ranks)
     meeting = tempfile.mkdtemp(prefix="daedal-ranks-")
@@ -90,7 +90,7 @@ def open_shared(
 
 def main() -> None:
     from daedal.cli.app import configure_logging
-    from daedal.serve.ranks import host_rank
+    from daedal.serve.workers.ranks import host_rank
 
     configure_logging(os.environ.get("DAEDAL_LOG", ""))
     host_rank(int(sys.argv[1]), _load)

@@ -33,12 +33,12 @@ from daedal.cli.weights import WeightsOption
 from daedal.errors import BackendError, RequestError, TemplateError
 
 if TYPE_CHECKING:
-    from daedal.serve.child import Launch
-    from daedal.serve.keys import Keys
-    from daedal.serve.process_worker import ProcessWorker
-    from daedal.serve.replicas import Replicas
-    from daedal.serve.service import Service
+    from daedal.serve.state.keys import Keys
+    from daedal.serve.state.service import Service
     from daedal.serve.tracing import Tracing
+    from daedal.serve.workers.child import Launch
+    from daedal.serve.workers.process_worker import ProcessWorker
+    from daedal.serve.workers.replicas import Replicas
     from daedal.text.chat import ChatFormat
 
 DeterministicOption = Annotated[
@@ -170,8 +170,8 @@ def _serve(wish: Wish, offer: Offer) -> int:
     known = None if offer.keys is None else _keys(offer.keys)
     tracing = None if offer.otlp is None else _tracing(offer.otlp)
     with bind(offer.host, offer.port) as sock, ExitStack() as ending:
-        from daedal.serve.child import EngineLost
-        from daedal.serve.worker import GenerationFailed, WorkerStopped
+        from daedal.serve.workers.child import EngineLost
+        from daedal.serve.workers.worker import GenerationFailed, WorkerStopped
 
         if tracing is not None:
             ending.callback(tracing.close)
@@ -193,8 +193,8 @@ def _serve(wish: Wish, offer: Offer) -> int:
 
 def _worker(wish: Wish) -> "ProcessWorker | Replicas":
     """The engine, or all of them, started but not waited for."""
-    from daedal.serve.process_worker import ProcessWorker
-    from daedal.serve.replicas import Replicas
+    from daedal.serve.workers.process_worker import ProcessWorker
+    from daedal.serve.workers.replicas import Replicas
 
     placement = wish.placement
     if placement.replicas > 1 and wish.limits.beginnings.directory is not None:
@@ -209,12 +209,12 @@ def _worker(wish: Wish) -> "ProcessWorker | Replicas":
 
 def _launch(wish: Wish) -> "Launch":
     """How an engine's process is started: here, or where a Ray cluster has room."""
-    from daedal.serve.child import LocalChild
+    from daedal.serve.workers.child import LocalChild
 
     if not wish.placement.apart:
         return LocalChild
     try:
-        from daedal.serve.ray_hosts import Cluster
+        from daedal.serve.workers.ray_hosts import Cluster
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
@@ -228,8 +228,8 @@ def _service(worker: "ProcessWorker | Replicas", wish: Wish, offer: Offer, keys:
     from pydantic import TypeAdapter
 
     from daedal.config import ModelConfig
-    from daedal.serve.ancestry import beside_original
-    from daedal.serve.service import Service
+    from daedal.serve.state.ancestry import beside_original
+    from daedal.serve.state.service import Service
     from daedal.text.tokenizer import Tokenizer
 
     facts = TypeAdapter(Facts).validate_python(worker.open())
@@ -252,7 +252,7 @@ def _service(worker: "ProcessWorker | Replicas", wish: Wish, offer: Offer, keys:
 
 
 def _keys(path: Path) -> "Keys":
-    from daedal.serve.keys import Keys
+    from daedal.serve.state.keys import Keys
 
     return Keys.read(path)
 

@@ -23,19 +23,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from daedal.errors import DaedalError
-from daedal.serve.chat import ChatEndpoint
-from daedal.serve.completions import CompletionEndpoint
+from daedal.serve.api.chat import ChatEndpoint
+from daedal.serve.api.completions import CompletionEndpoint
+from daedal.serve.api.limits import unknown_model
+from daedal.serve.api.messages import MessagesEndpoint
+from daedal.serve.api.openapi import document
+from daedal.serve.api.responses import ResponsesEndpoint
+from daedal.serve.api.token_routes import TokenRoutes
 from daedal.serve.door import Door
-from daedal.serve.errors import ApiError, answer_error
-from daedal.serve.keys import OPEN, KeyGate
-from daedal.serve.limits import unknown_model
-from daedal.serve.messages import MessagesEndpoint
-from daedal.serve.openapi import document
 from daedal.serve.request_log import RequestLog
-from daedal.serve.responses import ResponsesEndpoint
-from daedal.serve.service import Service
-from daedal.serve.token_routes import TokenRoutes
-from daedal.serve.worker import GenerationFailed, WorkerStopped
+from daedal.serve.state.errors import ApiError, answer_error
+from daedal.serve.state.keys import OPEN, KeyGate
+from daedal.serve.state.service import Service
+from daedal.serve.workers.worker import GenerationFailed, WorkerStopped
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {f"/{file.name}".replace("/index.html", "/"): file.name for file in sorted(_PAGE.iterdir())}

@@ -17,7 +17,7 @@ import httpx2
 
 from daedal.errors import DataError
 from daedal.serve.app import build_app
-from daedal.serve.service import Service
+from daedal.serve.state.service import Service
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_LINE_BYTES = 8 * 2**20

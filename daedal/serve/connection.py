@@ -12,7 +12,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from daedal.serve.errors import ApiError
+from daedal.serve.state.errors import ApiError
 
 logger = logging.getLogger(__name__)
 

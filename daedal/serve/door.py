@@ -7,9 +7,9 @@ Knows nothing of bodies and answers.
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from daedal.serve.errors import ApiError
-from daedal.serve.limits import check_open, check_places
-from daedal.serve.service import Service
+from daedal.serve.api.limits import check_open, check_places
+from daedal.serve.state.errors import ApiError
+from daedal.serve.state.service import Service
 
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 

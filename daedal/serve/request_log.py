@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from daedal.serve.keys import add_charge
+from daedal.serve.state.keys import add_charge
 
 logger = logging.getLogger(__name__)
 

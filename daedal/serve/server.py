@@ -18,7 +18,7 @@ import uvicorn
 from daedal.serve.app import build_app
 from daedal.serve.connection import TimedConnection
 from daedal.serve.listening import address_of
-from daedal.serve.service import Service
+from daedal.serve.state.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from daedal.serve.course import Course
+from daedal.serve.state.course import Course
 
 EXPORT_SECONDS = 2.0  # that a collector may take, also when the server ends
 

@@ -28,7 +28,7 @@ from daedal.convert.router import Router
 from daedal.distill.provenance import verify
 from daedal.errors import CheckpointError, ConfigError, SourceError
 from daedal.places import bundles
-from daedal.serve.ancestry import beside_original
+from daedal.serve.state.ancestry import beside_original
 from tests.convert.texts import write_text
 from tests.tiny import tiny_model
 from tests.tiny_gguf import FF, HIDDEN, LAYERS, TOKENS, write_gguf, write_wheel

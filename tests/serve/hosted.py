@@ -15,8 +15,8 @@ from typing import Any
 
 from daedal.errors import CheckpointError
 from daedal.infer.request import Request
-from daedal.serve.engine_host import Hosted, host
-from daedal.serve.process_worker import Patience, ProcessWorker
+from daedal.serve.workers.engine_host import Hosted, host
+from daedal.serve.workers.process_worker import Patience, ProcessWorker
 from daedal.text.structure.structures import Structures
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedEngine

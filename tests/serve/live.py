@@ -13,10 +13,10 @@ import uvicorn
 from daedal.checkpoint.load import load
 from daedal.infer.engine import Engine
 from daedal.serve.listening import address_of, bind
-from daedal.serve.process_worker import Patience
 from daedal.serve.server import configuration
-from daedal.serve.service import Service
-from daedal.serve.thread_worker import ThreadWorker
+from daedal.serve.state.service import Service
+from daedal.serve.workers.process_worker import Patience
+from daedal.serve.workers.thread_worker import ThreadWorker
 from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.hosted import started

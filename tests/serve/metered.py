@@ -6,8 +6,8 @@ from daedal.checkpoint.load import load
 from daedal.cost.energy import Steady
 from daedal.cost.spending import Price, Tariff
 from daedal.infer.engine import Engine
-from daedal.serve.service import Service
-from daedal.serve.thread_worker import ThreadWorker
+from daedal.serve.state.service import Service
+from daedal.serve.workers.thread_worker import ThreadWorker
 from daedal.text.chat import load_format
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import MODEL

@@ -22,12 +22,12 @@ import psutil
 import pytest
 
 from daedal.serve.connection import TimedConnection
-from daedal.serve.service import MOST_WAIT, Service
+from daedal.serve.state.service import MOST_WAIT, Service
 from daedal.text.tokenizer import Tokenizer
+from tests.serve.api.test_streams import wait_until
 from tests.serve.hosted import ENDLESS, MANY
 from tests.serve.live import hosted_service, scripted_service, serving
 from tests.serve.scripted import ScriptedEngine
-from tests.serve.test_streams import wait_until
 
 ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "hi"}]

@@ -11,11 +11,11 @@ from daedal.checkpoint.load import load
 from daedal.errors import ConfigError
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request
-from daedal.serve.course import Course
-from daedal.serve.keys import Keys
+from daedal.serve.state.course import Course
+from daedal.serve.state.keys import Keys
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import ScriptedEngine, real_service, scripted_service, serving
-from tests.serve.test_keys import bearer, key
+from tests.serve.state.test_keys import bearer, key
 
 TURN = [{"role": "user", "content": "hi"}]
 ASKED = {

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from daedal.errors import DaedalError
 from daedal.serve.listening import address_of, bind
 from daedal.text.tokenizer import Tokenizer
+from tests.serve.api.test_streams import wait_until
 from tests.serve.live import ScriptedEngine, events, scripted_service, serving
-from tests.serve.test_streams import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOST = textwrap.dedent("""
@@ -28,8 +28,8 @@ HOST = textwrap.dedent("""
     from daedal.serve.listening import bind
     from daedal.serve.server import run
     from daedal.text.tokenizer import Tokenizer
-    from daedal.serve.service import Service
-    from daedal.serve.thread_worker import ThreadWorker
+    from daedal.serve.state.service import Service
+    from daedal.serve.workers.thread_worker import ThreadWorker
     from tests.serve.scripted import ScriptedEngine
 
     pause = threading.Event()

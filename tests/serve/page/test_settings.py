@@ -9,7 +9,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from daedal.serve import keys
+from daedal.serve.state import keys
 from daedal.text.encodings.tokens import THINK_END
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.deepseek import deepseek_checkpoint, talking
