@@ -150,7 +150,6 @@ OPERATIONS = (
     Operation(method="get", path="/ready", says="Whether it takes requests.", answer="Ready", also=(503,), open=True),
     Operation(method="get", path="/metrics", says="Counters for Prometheus.", answer="", kind="text/plain"),
     Operation(method="get", path="/stats", says="The numbers that the page shows.", answer="Numbers"),
-    Operation(method="get", path="/experts", says="Which experts were in use of late.", answer="Numbers"),
     Operation(method="get", path="/experts", says="Which experts a few steps chose lately.", answer="Numbers"),
 )
 
