@@ -70,7 +70,7 @@ class Router:
         return read
 
     def _remember(self, names: Sequence[int], engine: int) -> None:
-        for name in names:
+        for name in reversed(names):  # so that ends are forgotten first: without its start a beginning is not found
             self._readers[name] = self._readers.get(name, 0) | 1 << engine
             self._readers.move_to_end(name)
         while len(self._readers) > self._kept:

@@ -68,6 +68,13 @@ def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
     assert {routing.choose(SYSTEM[:64], [9 * (first == 0), 9 * (first == 1)], among=every)} == {1 - first}
 
 
+def test_of_a_prompt_beyond_the_bound_the_start_is_remembered() -> None:
+    routing, every = router(2, kept=4), range(2)
+    first = routing.choose(SYSTEM, [0, 0], among=every)
+    assert len(routing._readers) == 4
+    assert routing.choose(SYSTEM, [0, 0], among=every) == first
+
+
 @given(st.integers(1, 6), st.integers(0, 2**32), st.sampled_from([None, 3, 10]))
 def test_no_engine_has_more_than_its_share_and_all_that_are_there_are_used(
     count: int, seed: int, most: int | None
