@@ -112,8 +112,10 @@ class PrefixFiles:
             raise ValueError("it was made for another model or layout")
         return head
 
-    def write(self, segment: Segment) -> tuple[Path, list[Path]]:
-        """The file, and those that had to go for it. Raises OSError where the disk refuses."""
+    def write(self, segment: Segment) -> tuple[Path, list[Path]] | None:
+        """The file, and those that had to go for it; None for one that alone is more than all may take. Raises OSError
+        where the disk refuses.
+        """
         tensors = {f"row.{name}": tensor.contiguous() for name, tensor in segment.rows.items()}
         for end, ring in segment.rings.items():
             tensors |= {f"ring.{end}.{name}": tensor.contiguous() for name, tensor in ring.items()}
@@ -126,6 +128,8 @@ class PrefixFiles:
             "pages": str(len(next(iter(segment.rows.values())))),
         }
         data = save(tensors, head)
+        if len(data) > self._most:
+            return None
         path = self._folder / f"{_digest(data)}.safetensors"
         if path.exists():
             self.wanted([path])

@@ -91,12 +91,12 @@ class PrefixStore:
         segment = self._copied(chain, tokens, table[first : len(names)], rings) if first < len(names) or rings else None
         nbytes = 0 if segment is None else segment.nbytes
         with self._lock:
-            if self._waiting_bytes + nbytes > MOST_WAITING_BYTES:
+            if not self._open or self._waiting_bytes + nbytes > MOST_WAITING_BYTES:
                 return
             self._waiting_bytes += nbytes
             new = [*names[first:], *(self._ringed(names, end) for end in rings)]
             self._file_of.update(dict.fromkeys(new))
-        self._jobs.put(_Job(segment, new, names[:first]))
+            self._jobs.put(_Job(segment, new, names[:first]))
 
     def close(self) -> None:
         """Nothing more is kept; returns when what was is written."""
@@ -184,18 +184,30 @@ class PrefixStore:
             self._file_of.update(dict.fromkeys(names, path))
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                with self._lock:
-                    older = {self._file_of.get(name) for name in job.wanted}
-                self._files.wanted(found for found in older if found is not None)
-                if job.segment is not None:
-                    path, gone = self._files.write(job.segment)
-                    self._written(job.names, path, frozenset(gone))
-            except OSError as error:
-                logger.warning("beginnings are kept on disk no more: %s", error)
-                self._open = False
-                return
-            finally:
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._do(job)
                 with self._lock:
                     self._waiting_bytes -= 0 if job.segment is None else job.segment.nbytes
+        except OSError as error:
+            logger.warning("beginnings are kept on disk no more: %s", error)
+        finally:
+            with self._lock:  # what waits is let go, and nothing more comes
+                self._open = False
+                while not self._jobs.empty():
+                    self._jobs.get()
+
+    def _do(self, job: _Job) -> None:
+        with self._lock:
+            older = {self._file_of.get(name) for name in job.wanted}
+        self._files.wanted(found for found in older if found is not None)
+        if job.segment is None:
+            return
+        if (written := self._files.write(job.segment)) is None:
+            logger.info("a beginning of %d bytes is more than the disk's share: it is not kept", job.segment.nbytes)
+            with self._lock:
+                for name in job.names:
+                    self._file_of.pop(name, None)
+            return
+        path, gone = written
+        self._written(job.names, path, frozenset(gone))

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,9 @@ def test_tensors_of_other_shapes_are_no_rows(tmp_path: Path, caplog: pytest.LogC
         (dict(list(segment.rows.items())[1:]), 0),
         (segment.rows, 2),
     ):
-        forged, _ = kept.write(Segment(salt="", ids=segment.ids, first=first, rows=rows, rings={}))
+        written = kept.write(Segment(salt="", ids=segment.ids, first=first, rows=rows, rings={}))
+        assert written is not None
+        forged, _ = written
         caplog.clear()
         assert engine("dense", at(tmp_path))._pages.num_kept == 0
         assert f"{forged} is ignored" in caplog.text
@@ -161,6 +164,22 @@ def test_the_disk_has_its_bound_and_what_was_wanted_last_stays(tmp_path: Path, m
         assert sum(path.stat().st_size for path in files(tmp_path)) <= most
     assert len(files(tmp_path)) == 4
     assert told("dense", small, texts[1]).num_cached == 0
+
+
+def test_what_alone_is_more_than_the_bound_is_not_kept_and_drives_nothing_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = prompts(20, 50, seed=15)
+    told("dense", at(tmp_path), short)
+    kept = files(tmp_path)
+    monkeypatch.setattr(prefix_files, "LEAST_BYTES", 1)
+    small = at(tmp_path, most_bytes=kept[0].stat().st_size + 1)
+    new = engine("dense", small)
+    new.generate([long], GREEDY)
+    new.close()
+    assert files(tmp_path) == kept
+    assert new._store is not None
+    assert None not in new._store._file_of.values(), "nothing is said to be on its way"
 
 
 def test_a_cache_smaller_than_the_disk_takes_the_latest(tmp_path: Path) -> None:
@@ -197,6 +216,27 @@ def test_what_a_dead_process_left_is_swept_and_a_full_disk_ends_no_engine(
         engine("dense", at(path))
     with pytest.raises(ConfigError, match="this engine keeps none"):
         engine("dense", at(tmp_path), prefix_caching=False)
+
+
+def test_what_waits_for_a_disk_that_refuses_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_wait = threading.Event()
+
+    def refuses(self: PrefixFiles, segment: Segment) -> None:
+        assert both_wait.wait(30)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PrefixFiles, "write", refuses)
+    new = engine("dense", at(tmp_path))
+    for text in prompts(50, 40, seed=16):
+        new.generate([text], GREEDY)
+    both_wait.set()
+    store = new._store
+    assert store is not None
+    store._thread.join(30)
+    assert store._jobs.empty()
+    new.generate(prompts(45, seed=17), GREEDY)
+    assert store._jobs.empty()
+    new.close()
 
 
 def test_weights_that_changed_keep_nothing_more(tmp_path: Path) -> None:
