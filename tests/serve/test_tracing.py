@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from daedal.serve.state.course import Course
 from daedal.serve.tracing import Tracing
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import ScriptedEngine, real_service, scripted_service, serving
@@ -99,6 +100,24 @@ def test_an_answer_that_was_cut_says_so(checkpoint: Path, tracing: Tracing, expo
     assert span.attributes["error.type"] == "GenerationFailed"
     assert span.attributes["gen_ai.response.finish_reasons"] == ("error",)
     assert SECRET not in span.to_json()
+
+
+def test_a_follower_that_fails_keeps_nobody_from_an_answer(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine(Tokenizer.load(checkpoint), lambda _: itertools.repeat(40))
+    service, told = scripted_service(checkpoint, engine), list[Course]()
+
+    def fails(course: Course) -> None:
+        raise ZeroDivisionError
+
+    service.followers = (fails, told.append)
+    with serving(service) as address, httpx.Client(base_url=address, timeout=60) as http:
+        assert http.post("/v1/completions", json={"prompt": [7], "max_tokens": 3}).status_code == 200
+        endless = {"prompt": [7], "max_tokens": engine.max_context, "stream": True}
+        with http.stream("POST", "/v1/completions", json=endless) as answer:
+            next(answer.iter_lines())
+        assert engine.cancelled.wait(30), "its reader has gone"
+    assert [course.reasons for course in told] == [["length"], ["abort"]]
+    assert caplog.text.count("who follows requests was told of one, and failed") == 2
 
 
 def _by_trace(exporter: InMemorySpanExporter, trace: str) -> list[ReadableSpan]:

@@ -4,6 +4,7 @@ Both endpoints share it. It deals in ids and texts; how a choice looks in JSON i
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ from daedal.serve.state.errors import ApiError
 from daedal.serve.state.keys import Charge, free
 from daedal.serve.state.service import Service
 from daedal.serve.workers.worker import GenerationFailed, Stream, WorkerStopped
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,26 +153,29 @@ class Generation:
 
     def close(self) -> None:
         """Cancels what has not finished; the metrics name it as vLLM does, `abort`, or `error` if it was cut."""
-        if not self._closed:
-            self._closed = True
-            if self._timer is not None:
-                self._timer.cancel()
-            now = time.monotonic()
-            self._service.ended(now - self._arrived)
-            self._tell(now)
+        if self._closed:
+            return
+        self._closed = True
         self._stream.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        now = time.monotonic()
+        self._service.ended(now - self._arrived)
         for _ in self._unfinished:
-            self._metrics.finished(self._ending, time.monotonic() - self._arrived)
-        self._unfinished.clear()
+            self._metrics.finished(self._ending, now - self._arrived)
+        self._tell(now)
 
     def _tell(self, now: float) -> None:
-        """Those who follow requests, and the metrics, how it went."""
+        """Those who follow requests, and the metrics, how it went. A failing follower keeps nobody from an answer."""
         course = self._course
         course.ended, course.num_generated, course.num_cached = now, self.num_generated, self.num_cached
         course.reasons += [self._ending] * len(self._unfinished)
         self._metrics.went(course)
         for follow in self._service.followers:
-            follow(course)
+            try:
+                follow(course)
+            except Exception:
+                logger.exception("who follows requests was told of one, and failed")
 
     def _count(self, index: int, output: Output) -> None:
         now = time.monotonic()
