@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daedal.errors import RequestError
+from daedal.shapes.sharing import MOST_RANKS
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,6 @@ RayOption = Annotated[
     typer.Option("--ray", help="Engines run where a Ray cluster has room: that of RAY_ADDRESS, else one started here."),
 ]
 MOST_REPLICAS = 64
-MOST_RANKS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
