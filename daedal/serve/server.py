@@ -19,6 +19,7 @@ from daedal.serve.app import build_app
 from daedal.serve.connection import TimedConnection
 from daedal.serve.listening import address_of
 from daedal.serve.state.service import Service
+from daedal.serve.workers.spawning import ignore
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +118,9 @@ def _signals_end_quietly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, ignore) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Stands for `signal.SIG_IGN`, which a child process would inherit."""

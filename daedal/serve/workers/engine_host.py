@@ -6,13 +6,11 @@ when the front end has gone, however it went, so has this process. Knows nothing
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import JsonValue
@@ -22,6 +20,7 @@ from daedal.infer.request import Output, Structure
 from daedal.infer.stats import EngineStats, ExpertsSeen
 from daedal.serve.workers import wire
 from daedal.serve.workers.engine_loop import EngineLoop
+from daedal.serve.workers.spawning import outlive_signals
 
 if TYPE_CHECKING:
     from daedal.infer.engine import Engine
@@ -49,8 +48,7 @@ def host(descriptor: int, make: Make) -> NoReturn:
 
     make: an engine by the options that the front end sends; a DaedalError of it is told there.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _ignore)
+    outlive_signals()
     with socket.socket(fileno=descriptor) as sock:
         status = _Host(wire.engine_side(sock)).run(make)
     logging.shutdown()
@@ -141,7 +139,3 @@ class _Host:
                 self.refused(command.number, error)
                 return
             self._loop.submit(command.number, requests)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Stands for `signal.SIG_IGN`, which a child process would inherit."""

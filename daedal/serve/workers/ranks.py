@@ -9,20 +9,18 @@ who looks after engines starts all of them anew (`process_worker`). What the ran
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
 from pydantic import Field, JsonValue, TypeAdapter
 
 from daedal.errors import DaedalError
 from daedal.serve.workers import wire
-from daedal.serve.workers.spawning import spawned
+from daedal.serve.workers.spawning import outlive_signals, spawned
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +74,7 @@ def host_rank(descriptor: int, load: Callable[[Mapping[str, JsonValue]], Callabl
     """One of them: loads what it is told over the socket `descriptor`, then runs what `load` gave until rank 0 has
     gone. A DaedalError of `load` is told there.
     """
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal's, for the whole group: ending is the front end's business
-        signal.signal(number, _ignore)
+    outlive_signals()
     connection = wire.Connection(socket.socket(fileno=descriptor), _WORDS, _OPENS)
     asked = connection.receive()
     if asked is None:
@@ -112,7 +106,3 @@ def _end(status: int) -> NoReturn:
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Stands for `signal.SIG_IGN`, which a child process would inherit."""

@@ -7,10 +7,8 @@ cluster's network is trusted, as Ray itself trusts it. The one module that impor
 """
 
 import logging
-import os
 import secrets
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -24,11 +22,13 @@ from ray.exceptions import RayError
 from daedal.errors import BackendError
 from daedal.serve.workers import wire
 from daedal.serve.workers.child import END_SECONDS, Child, EngineLost, in_words
+from daedal.serve.workers.spawning import started
 
 logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
 TOKEN_SECONDS = 5.0  # for whoever connects to show one
+CONNECT_SECONDS = 20.0  # from another machine
 PLACE_SECONDS = 120.0  # for Ray to find room and start a process
 
 
@@ -37,16 +37,11 @@ class EngineHost:
 
     def run(self, arguments: Sequence[str], address: tuple[str, int], token: bytes) -> int:
         """The status of `python ARGUMENTS DESCRIPTOR`; the descriptor is a connection to `address`, past the token."""
-        with socket.create_connection(address) as sock:
+        with socket.create_connection(address, CONNECT_SECONDS) as sock:
+            sock.settimeout(None)
             _prepare(sock)
             sock.sendall(token)
-            process = subprocess.Popen(
-                [sys.executable, *arguments, str(sock.fileno())],
-                pass_fds=(sock.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
-            )
+            process = started([sys.executable, *arguments], sock)
         return process.wait()
 
 
@@ -84,7 +79,13 @@ class Cluster:
         try:
             return host, status, arriving.result(PLACE_SECONDS)
         except TimeoutError:
+            ended, _ = ray.wait([status], timeout=0)
             ray.kill(host)
+            if ended:
+                raise EngineLost(
+                    f"an engine that Ray started did not connect to {self._listening.getsockname()[0]} within "
+                    f"{PLACE_SECONDS:.0f} s and has ended: open this machine's ports to the cluster, or see Ray's log"
+                ) from None
             room = ", ".join(f"{name} {count:g}" for name, count in self._room.items())
             raise EngineLost(
                 f"Ray found no room for an engine ({room}) within {PLACE_SECONDS:.0f} s: add machines, or ask for fewer"

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RayError(Exception):
-    """Of which there is none here."""
+    """What a host raised comes as one of these."""
 
 
 class _Method:
@@ -17,8 +17,14 @@ class _Method:
     def remote(self, *given: Any) -> Future:
         status: Future = Future()
         if self._has_room:
-            threading.Thread(target=lambda: status.set_result(self._function(*given)), daemon=True).start()
+            threading.Thread(target=self._run, args=(status, given), daemon=True).start()
         return status
+
+    def _run(self, status: Future, given: Any) -> None:
+        try:
+            status.set_result(self._function(*given))
+        except Exception as error:
+            status.set_exception(RayError(repr(error)))
 
 
 class _Actor:

@@ -88,6 +88,19 @@ def test_no_room_is_said(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
         ray_hosts.Cluster(engines=1).launch(COMMAND, {})
 
 
+def test_an_engine_that_cannot_connect_is_not_taken_for_want_of_room(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray_hosts, real = hosts(CPU=2), socket.create_connection
+    monkeypatch.setattr(ray_hosts, "PLACE_SECONDS", 1.0)
+    cluster = ray_hosts.Cluster(engines=1)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        closed = nobody.getsockname()[:2]
+    monkeypatch.setattr(ray_hosts.socket, "create_connection", lambda _, timeout: real(closed, timeout))
+    with pytest.raises(EngineLost, match=r"did not connect to 127\.0\.0\.1"):
+        cluster.launch(COMMAND, {})
+
+
 @pytest.mark.parametrize(
     ("machine", "engines", "on_gpus", "kept"),
     [
