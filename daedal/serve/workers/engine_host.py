@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import JsonValue
 
-from daedal.errors import DaedalError
+from daedal.errors import DaedalError, RequestError
 from daedal.infer.request import Output, Structure
 from daedal.infer.stats import EngineStats, ExpertsSeen
 from daedal.serve.workers import wire
@@ -99,7 +99,24 @@ class _Host:
         self._report(wire.Refused(number=number, error=wire.Told.of(error)))
 
     def delivered(self, outputs: Sequence[Output], stats: EngineStats) -> None:
-        self._report(wire.Delivered(outputs=tuple(outputs), stats=stats))
+        try:
+            self._report(wire.Delivered(outputs=tuple(outputs), stats=stats))
+        except RequestError:  # together they are more than a frame holds
+            for output in outputs:
+                self._deliver(output, stats)
+
+    def _deliver(self, output: Output, stats: EngineStats) -> None:
+        """One output by itself. Where it alone is more than a frame holds, as log-probabilities of a long prompt may
+        be, its request is cut.
+        """
+        try:
+            self._report(wire.Delivered(outputs=(output,), stats=stats))
+        except RequestError:
+            assert self._loop is not None, "an engine delivers from its loop"
+            self._loop.cancel([output.request_id])
+            sentence = f"the answer takes more than {wire.MAX_FRAME_BYTES} bytes to hand over: ask for fewer logprobs"
+            refusal = wire.Told.of(RequestError(sentence, param="logprobs"))
+            self._report(wire.Cut(request_ids=(output.request_id,), refusal=refusal))
 
     def cut(self, request_ids: Sequence[str], cause: Exception) -> None:
         self._report(wire.Cut(request_ids=tuple(request_ids)))

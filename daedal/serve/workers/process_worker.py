@@ -209,7 +209,7 @@ class ProcessWorker(DeskWorker):
             defect = GenerationFailed("the engine failed on this request: the cause is in the server's log")
             self._desk.refused(report.number, report.error.raised() or defect)
         elif isinstance(report, wire.Cut):
-            self._desk.cut(report.request_ids)
+            self._desk.cut(report.request_ids, refusal=None if report.refusal is None else report.refusal.raised())
         elif isinstance(report, wire.Looked):
             self._desk.looked(report.seen)
         else:

@@ -177,7 +177,10 @@ class Delivered:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
+    """Nothing more comes of these. refusal: why, where it is the request's doing; None for the engine's."""
+
     request_ids: tuple[str, ...]
+    refusal: Told | None = None
     kind: Literal["cut"] = "cut"
 
 

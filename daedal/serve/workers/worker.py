@@ -163,10 +163,7 @@ class Desk:
             if submission is None:
                 return
             self._forget(submission)
-        if submission.answer.settled:  # by an engine that was lost
-            submission.stream.deliver(error)
-        else:
-            submission.answer.settle(error)
+        _tell(submission, error)  # behind what came, where an engine that was lost had taken it
 
     def delivered(self, outputs: Sequence[Output], stats: EngineStats) -> None:
         """A step's outputs, and the engine's numbers after it."""
@@ -189,8 +186,12 @@ class Desk:
         """What the engine saw when it last was to look."""
         self.looks, self.experts = self.looks + 1, seen
 
-    def cut(self, request_ids: Iterable[str], cause: Exception | None = None) -> None:
-        """The engine failed with these requests and has dropped them; the others of their submissions go too."""
+    def cut(
+        self, request_ids: Iterable[str], cause: Exception | None = None, *, refusal: Exception | None = None
+    ) -> None:
+        """The engine failed with these requests and has dropped them, or gives up on them by a `refusal`; the others of
+        their submissions go too.
+        """
         with self._lock:
             dropped = set(request_ids)
             owners = {self._owners[request_id] for request_id in dropped if request_id in self._owners}
@@ -198,7 +199,10 @@ class Desk:
             for owner in owners:
                 self._forget(owner)
         for owner in owners:
-            _fail(owner, "the engine failed while generating: the request was cut, try it again", cause)
+            if refusal is not None:
+                _tell(owner, refusal)
+            else:
+                _fail(owner, "the engine failed while generating: the request was cut, try it again", cause)
         if others:
             self._cancel(others)
 
@@ -235,10 +239,7 @@ class Desk:
             self._submissions.clear()
             self._owners.clear()
         for submission in every:
-            if submission.answer.settled:
-                submission.stream.deliver(error)
-            else:
-                submission.answer.settle(error)
+            _tell(submission, error)
 
     def _forget(self, submission: Submission) -> None:
         for request_id in tuple(submission.live):
@@ -339,10 +340,15 @@ def stopped() -> WorkerStopped:
 def _fail(submission: Submission, sentence: str, cause: Exception | None = None) -> None:
     failure = GenerationFailed(sentence)
     failure.__cause__ = cause
+    _tell(submission, failure)
+
+
+def _tell(submission: Submission, error: Exception) -> None:
+    """Who waits for its answer, or reads it, is told."""
     if submission.answer.settled:
-        submission.stream.deliver(failure)
+        submission.stream.deliver(error)
     else:
-        submission.answer.settle(failure)
+        submission.answer.settle(error)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], item: T) -> bool:

@@ -1,5 +1,6 @@
 """Messages between the two processes: they arrive as they were, and what is none of them is refused, not believed."""
 
+import asyncio
 import math
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from daedal.errors import CapacityError, CheckpointError, OverloadError, Request
 from daedal.infer.request import Output, Request, SamplingParams, TokenLogprobs
 from daedal.infer.stats import ExpertsSeen
 from daedal.serve.workers import wire
+from daedal.serve.workers.engine_host import _Host
+from daedal.serve.workers.engine_loop import EngineLoop
+from daedal.serve.workers.worker import Desk
 from daedal.text.structure.shape import Shape
 from daedal.text.structure.structures import Structures
 from daedal.text.tokenizer import Tokenizer
@@ -163,3 +167,41 @@ def test_a_request_beyond_the_cap_is_the_clients_mistake(monkeypatch: pytest.Mon
     with pair() as (front, _, _), pytest.raises(RequestError, match="500 are allowed") as caught:
         front.frame(wire.Submit.of(1, [Request(id="a", prompt=(5,) * 900, params=SamplingParams())]))
     assert caught.value.param == "prompt"
+
+
+def test_an_answer_beyond_the_cap_is_cut_and_the_others_are_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = ScriptedEngine(Tokenizer.load(checkpoint), lambda _: []).stats()
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 3000)
+    entries = [TokenLogprobs(id=1, logprob=-1.0, top=((1, -1.0),) * 20)] * 20
+    long, short = Output(request_id="long", prompt_logprobs=entries), Output(request_id="short", ids=[7])
+    with pair() as (front, engine, _):
+        host = _Host(engine)
+        host._loop = loop = EngineLoop(ScriptedEngine(Tokenizer.load(checkpoint), lambda _: []), host)
+        host.delivered([long, short], stats)
+        cut, told = front.receive(), front.receive()
+    assert isinstance(told, wire.Delivered)
+    assert told.outputs == (short,)
+    assert isinstance(cut, wire.Cut)
+    assert cut.request_ids == ("long",)
+    assert cut.refusal is not None
+    assert (str(cut.refusal.raised()), cut.refusal.param) == (
+        "the answer takes more than 3000 bytes to hand over: ask for fewer logprobs",
+        "logprobs",
+    )
+    assert [command.request_ids for command in loop._commands] == [{"long"}], "the engine goes on without it"
+
+
+def test_who_waits_for_an_answer_that_is_refused_late_is_told_why() -> None:
+    async def scenario() -> None:
+        desk, refusal = Desk(lambda ids: None), RequestError("too much: ask for less", param="logprobs")
+        submission = desk.enter([Request(id="a", prompt=(5,), params=SamplingParams())])
+        desk.accepted(submission.number)
+        await submission.answer.future
+        desk.cut(["a"], refusal=refusal)
+        with pytest.raises(RequestError, match="ask for less"):
+            await anext(submission.stream)
+        assert not desk.num_requests
+
+    asyncio.run(scenario())
