@@ -59,6 +59,7 @@ def test_without_mindspore_one_sentence_says_what_to_install(tmp_path: Path) -> 
 
 
 @only_with_mindspore
+@pytest.mark.timeout(1800)  # compiling graphs takes minutes on two cores that others share
 @pytest.mark.parametrize("family", RUNS)
 def test_logits_and_greedy_ids_are_the_models_own(tmp_path: Path, family: str) -> None:
     source = tiny_checkpoint(tmp_path / "source", family)
