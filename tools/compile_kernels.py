@@ -9,9 +9,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from daedal.ops import silicon
-from daedal.ops.backends.triton import spaces
-from daedal.ops.backends.triton.kernels import attention, elementwise, experts, routing, scaled, sparse, streams
-from daedal.ops.backends.triton.spaces import Space
+from tools.kernel_cases import SCHEDULE, Case, arguments, cases
 
 CHIPS = ("h200", "b200", "mi300x", "mi350x")
-FLOATS = ("eps", "norm_eps", "scale", "limit")
-SCHEDULE = ("num_warps", "num_stages")
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "v_mfma", "mma.sync")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A kernel at some sizes. pointers: element types by argument; what is left over is a whole number, or in `FLOATS`.
-
-    native: another set of pointers for chips that multiply e4m3 as it is.
-    """
-
-    name: str
-    kernel: Any
-    pointers: Mapping[str, str]
-    constants: Mapping[str, Any]
-    space: Space = ({"num_warps": 4},)
-    native: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,126 +41,6 @@ class Outcome:
     instructions: tuple[str, ...]
     seconds: float
     problem: str = ""
-
-
-def cases() -> Iterator[Case]:
-    """Every kernel, at sizes of V3 (7168 wide, 256 experts, latents of 512 + 64) and V4 (512, 64 index heads)."""
-    yield from _elementwise()
-    yield from _eight_bits()
-    yield from _mixture()
-    yield from _attention()
-    yield from _sparse()
-
-
-def _elementwise() -> Iterator[Case]:
-    rows = {"x": "bf16", "weight": "bf16", "y": "bf16", "inverse": "fp32", "cos": "fp32", "sin": "fp32"}
-    rows |= {"gate": "bf16", "up": "bf16", "grad": "bf16", "grad_x": "bf16", "partial": "fp32"}
-    rows |= {"grad_gate": "bf16", "grad_up": "bf16"}
-    norm = {"WEIGHTED": True, "BLOCK": 8192}
-    turn = {"PAIRS": 32, "INTERLEAVED": True, "BACK": False, "HEADS": 8, "BLOCK": 32}
-    gates = {"LIMITED": True, "BLOCK": 1024}
-    rows |= {"streams": "bf16", "mixes": "fp32", "base": "fp32", "scale": "fp32", "post": "fp32", "comb": "fp32"}
-    rows |= {"result": "bf16"}
-    four = {"STREAMS": 4, "BLOCK": 1024}
-    mixed = {**four, "FULL": True, "ITERATIONS": 20, "SLOTS": 4}
-    for name, kernel, constants, space in (
-        ("rms_norm", elementwise.rms_norm, {**norm, "KEPT": True}, spaces.ROWS),
-        ("rms_norm, gradient", elementwise.rms_norm_backward, norm, spaces.ROWS),
-        ("rotary", elementwise.rotate, turn, ({"num_warps": 4},)),
-        ("swiglu", elementwise.swiglu, gates, ({"num_warps": 4},)),
-        ("hyper_collapse", streams.collapse, mixed, ({"num_warps": 4},)),
-        ("hyper_expand", streams.expand, four, ({"num_warps": 4},)),
-        ("swiglu, gradient", elementwise.swiglu_backward, gates, ({"num_warps": 4},)),
-    ):
-        yield Case(name=name, kernel=kernel, pointers=rows, constants=constants, space=space)
-
-
-def _eight_bits() -> Iterator[Case]:
-    types = {"left": "bf16", "left_scales": "fp32", "right": "bf16", "right_scales": "fp32", "result": "bf16"}
-    types |= {"x": "bf16", "codes": "bf16", "scales": "fp32"}
-    native = {**types, "left": "fp8e4nv", "right": "fp8e4nv", "codes": "fp8e4nv"}
-    whole = {**types, "left": "i8", "right": "i8", "codes": "i8"}
-    rounding = {"GROUP": 128, "LARGEST": 448.0, "POWER_OF_TWO": True, "INTEGER": False}
-    tiles, blocks = {"ROWS": 16, "SHARED": False}, {"ROWS": 128, "SHARED": True}
-    eights = {"ROWS": 32, "GROUP": 32, "SHARED": True, "LARGEST": 127.0, "POWER_OF_TWO": False, "INTEGER": True}
-    for name, kernel, pointers, chosen, constants, space in (
-        ("round, 1 x 128", scaled.quantise, types, native, {**rounding, **tiles}, ({"num_warps": 4},)),
-        ("round, 128 x 128", scaled.quantise, types, native, {**rounding, **blocks}, ({"num_warps": 4},)),
-        ("round, int8", scaled.quantise, whole, whole, eights, ({"num_warps": 4},)),
-        ("scaled_linear, e4m3", scaled.multiply, types, native, {"GROUP": 128, "INTEGER": False}, spaces.MULTIPLY),
-        ("scaled_linear, mx", scaled.multiply, types, native, {"GROUP": 32, "INTEGER": False}, spaces.MULTIPLY),
-        ("scaled_linear, int8", scaled.multiply, whole, whole, {"GROUP": 32, "INTEGER": True}, spaces.MULTIPLY),
-    ):
-        constants = constants if kernel is scaled.quantise else {**constants, "BM": 128}
-        yield Case(name=name, kernel=kernel, pointers=pointers, native=chosen, constants=constants, space=space)
-
-
-def _mixture() -> Iterator[Case]:
-    routed = {"SCORING": 1, "BIASED": True, "GROUPS": 8, "KEPT": 4, "PAIRS": True, "ACTIVE": 8, "NORMALISED": True}
-    types = {"logits": "fp32", "bias": "fp32", "ids": "i64", "weights": "fp32"}
-    yield Case(name="route", kernel=routing.route, pointers=types, constants={**routed, "BLOCK": 256, "SLOTS": 8})
-    rows = {"x": "bf16", "tokens": "i64", "tiles": "i32", "weight": "bf16", "hidden": "bf16", "result": "fp32"}
-    for block in (16, 128):
-        up = {"LIMITED": True, "BM": block}
-        down = {"BM": block}
-        yield Case(
-            name=f"experts, up, {block}", kernel=experts.gate_up, pointers=rows, constants=up, space=spaces.EXPERTS
-        )
-        yield Case(
-            name=f"experts, down, {block}", kernel=experts.down, pointers=rows, constants=down, space=spaces.EXPERTS
-        )
-    summed = {"rows": "fp32", "places": "i64", "weights": "fp32", "y": "bf16"}
-    yield Case(name="experts, sum", kernel=experts.gather_sum, pointers=summed, constants={"ACTIVE": 8, "BLOCK": 1024})
-
-
-def _attention() -> Iterator[Case]:
-    types = {"q": "bf16", "keys": "bf16", "values": "bf16", "out": "fp32", "logs": "fp32"}
-    types |= {"tiles": "i32", "starts": "i32", "lengths": "i32", "places": "i32"}
-    latent = {"SHARED": True, "HEADS": 128, "PART_A": 512, "PART_B": 64, "VALUE": 512}
-    latent |= {"BLOCK_A": 512, "BLOCK_B": 64, "BLOCK_V": 512}
-    heads = {"SHARED": False, "HEADS": 1, "PART_A": 128, "PART_B": 64, "VALUE": 128}
-    heads |= {"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_V": 128}
-    for name, shape, kind, split in (
-        ("attention, latent, on pages", latent, 1, True),
-        ("attention, by heads", heads, 0, False),
-    ):
-        for block in (16, 64):
-            constants = {**shape, "KIND": kind, "SPLIT": split, "BM": block}
-            yield Case(
-                name=f"{name}, {block}",
-                kernel=attention.attend,
-                pointers=types if split else {**types, "out": "bf16"},
-                constants=constants,
-                space=spaces.ATTENTION,
-            )
-    merged = {"parts": "fp32", "logs": "fp32", "sinks": "fp32", "out": "bf16"}
-    constants = {"SINKS": True, "VALUE": 512, "BLOCK_S": 64, "BLOCK_V": 512}
-    yield Case(name="attention, merge", kernel=attention.merge, pointers=merged, constants=constants)
-
-
-def _sparse() -> Iterator[Case]:
-    types = {"q": "bf16", "out": "fp32", "logs": "fp32", "sequences": "i32", "positions": "i32", "entries": "bf16"}
-    types |= {"entry_places": "i32", "chosen": "i64", "window": "bf16", "window_places": "i32", "window_firsts": "i32"}
-    types |= {"weights": "fp32", "scores": "fp32", "seen": "i32", "keys": "bf16", "places": "i32"}
-    v3 = {"WINDOW": False, "WINDOW_KIND": 0, "PART_A": 512, "PART_B": 64, "BLOCK_A": 512, "BLOCK_B": 64}
-    v4 = {"WINDOW": True, "WINDOW_KIND": 2, "PART_A": 512, "PART_B": 0, "BLOCK_A": 512, "BLOCK_B": 16}
-    both = {"ENTRIES": True, "ENTRY_KIND": 1}
-    for name, shape, chosen in (
-        ("sparse_attention, V3.2", v3, True),
-        ("sparse_attention, V4 chosen", v4, True),
-        ("sparse_attention, V4 all", v4, False),
-    ):
-        for block in (16, 64):
-            yield Case(
-                name=f"{name}, {block}",
-                kernel=sparse.attend_sparse,
-                pointers=types,
-                constants={**shape, **both, "CHOSEN": chosen, "BM": block},
-                space=spaces.ATTENTION,
-            )
-    scores = {"KIND": 1, "BLOCK_I": 64, "BLOCK_K": 128, "BN": 64}
-    yield Case(name="choose_entries, scores", kernel=sparse.score_entries, pointers=types, constants=scores)
-    yield Case(name="choose_entries, best", kernel=sparse.take_best, pointers=types, constants={"BLOCK": 1024})
 
 
 def compiled(case: Case, chip: str, *, everything: bool) -> Outcome:
@@ -226,14 +87,8 @@ def target(profile: silicon.Profile) -> GPUTarget:
 
 
 def _source(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, Any]) -> ASTSource:
-    signature, places = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], places[(place,)] = "constexpr", constants[name]
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
-        else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
+    signature = arguments(kernel, pointers, constants)
+    places = {(place,): constants[name] for place, name in enumerate(kernel.arg_names) if name in constants}
     return ASTSource(kernel, signature, constexprs=places)
 
 

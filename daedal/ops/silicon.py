@@ -38,17 +38,21 @@ class Profile:
     cores: int | None = None
     lanes: int | None = None
     on_chip_bytes: int | None = None
+    sums_on_chip: bool = False
+    most_programs: int | None = None
+    alignment: int = 1
     memory: tuple[str, ...] = ()
     source: str
     certainty: str
 
     def __post_init__(self) -> None:
-        for label in ("cores", "lanes", "on_chip_bytes"):
+        for label in ("cores", "lanes", "on_chip_bytes", "most_programs", "alignment"):
             value = getattr(self, label)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{label} of {self.key} is {value!r}: it must be a whole number above 0, or left out")
-        if not isinstance(self.doubles, bool):
-            raise ConfigError(f"doubles of {self.key} is {self.doubles!r}: it must be true or false")
+        for label in ("doubles", "sums_on_chip"):
+            if not isinstance(getattr(self, label), bool):
+                raise ConfigError(f"{label} of {self.key} is {getattr(self, label)!r}: it must be true or false")
         if "float32" not in self.formats:
             raise ConfigError(f"formats of {self.key} lack float32: every chip has it")
 

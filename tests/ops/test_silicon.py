@@ -20,6 +20,13 @@ from daedal.ops.backends.triton.supports import PREDICATES
 from daedal.ops.registry import REGISTRY, Candidate, Registry
 
 HERE = Path(__file__)
+INTERPRETED = (
+    "test_triton.py",
+    "test_triton_sparse.py",
+    "test_triton_compress.py",
+    "test_triton_limits.py",
+    "test_backends.py",
+)
 
 
 def _chosen(chip: str) -> dict[str, str]:
@@ -67,13 +74,23 @@ def test_a_gpu_runs_our_kernels_and_its_makers_products(chip: str) -> None:
     assert chosen.keys() == set(REGISTRY.ops)
 
 
-@pytest.mark.parametrize("chip", ["ascend-910b", "ascend-910c", "ascend-950"])
-def test_kernels_for_gpus_decline_another_chip_by_its_name(chip: str) -> None:
+def test_kernels_decline_a_chip_for_which_they_were_not_compiled() -> None:
+    rows = [row for row in silicon_plan.planned(silicon.read("ascend-950")) if row["backend"] == "triton"]
+    assert {row["op"] for row in rows} == set(PREDICATES)
+    assert not any(row["chosen"] for row in rows)
+
+
+@pytest.mark.parametrize("chip", ["ascend-910b", "ascend-910c"])
+def test_kernels_take_of_another_chips_ops_those_that_its_maker_lacks(chip: str) -> None:
     rows = silicon_plan.planned(silicon.read(chip))
     reasons = {row["op"]: row["reason"] for row in rows if row["backend"] == "triton"}
     assert reasons.keys() == PREDICATES.keys()
-    assert set(reasons.values()) == {f"compiles for GPUs of NVIDIA and AMD, and this is {silicon.read(chip).name}"}
-    assert "triton" not in _chosen(chip).values()
+    chosen = {op for op, backend in _chosen(chip).items() if backend == "triton"}
+    assert chosen == {"hyper_collapse", "hyper_expand", "hyper_head", "sparse_attention", "pool_groups"}
+    for op in ("choose_entries", "route"):
+        assert reasons[op] == "npu is preferred"
+    told = f"compiles for GPUs of NVIDIA and AMD, and this is {silicon.read(chip).name}"
+    assert {reasons[op] for op in reasons.keys() - chosen - {"choose_entries", "route"}} == {told}
 
 
 def test_kernels_say_what_they_do_not_take() -> None:
@@ -115,7 +132,7 @@ def test_absent_backends_are_listed_and_never_called() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (docs/silicon.md has a dated run)")
 def test_kernels_equal_the_reference_through_the_interpreter() -> None:
     """The one test of all backends too, as far as it concerns this one."""
-    files = [str(HERE.with_name(name)) for name in ("test_triton.py", "test_triton_sparse.py", "test_backends.py")]
+    files = [str(HERE.with_name(name)) for name in INTERPRETED]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=HERE.parents[2])

@@ -2,6 +2,7 @@
 the plan for chips of three kinds; and faults that must stop.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -21,9 +22,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def _run(*command: str, adapter: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A process, whose PyTorch has the adapter of `adapter/` if it is to have one."""
-    paths = [str(ROOT), *([str(HERE / "adapter")] if adapter else [])]
+def _run(
+    *command: str, adapter: bool = False, packages: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A process, whose PyTorch has the adapter of `adapter/` if it is to have one. packages: a directory of others."""
+    paths = [str(ROOT), *([str(HERE / "adapter")] if adapter else []), *([] if packages is None else [str(packages)])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=200, cwd=ROOT
@@ -58,6 +61,33 @@ def test_an_adapter_that_does_not_load_stops_with_its_name_and_remedy() -> None:
     assert result.stderr.count("\n") == 1
 
 
+def _planted_triton(packages: Path, compiler: str) -> Path:
+    """A package that has a compiler for one maker's chips, and nothing that could be imported."""
+    (packages / "triton" / "backends" / compiler).mkdir(parents=True)
+    (packages / "triton" / "__init__.py").write_text("")
+    return packages
+
+
+def test_a_triton_for_other_chips_is_absent_and_says_so(tmp_path: Path) -> None:
+    """Where kernels could not run they are not registered: PyTorch runs the op, and doctor tells why."""
+    result = _run("daedal", "doctor", "--json", adapter=True, packages=_planted_triton(tmp_path, "nvidia"))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    rows = [row for row in json.loads(result.stdout.splitlines()[-1])["ops"] if row["op"] == "hyper_collapse"]
+    (kernels,) = (row for row in rows if row["backend"] == "triton")
+    assert kernels["reason"].startswith("absent: the Triton that is installed compiles for another maker's chips")
+    assert "pip install triton-ascend" in kernels["reason"]
+    assert [row["backend"] for row in rows if row["chosen"]] == ["aten"]
+
+
+def test_a_triton_for_ascend_without_its_compiler_stops_with_its_name_and_remedy(tmp_path: Path) -> None:
+    result = _run("daedal", "doctor", adapter=True, packages=_planted_triton(tmp_path, "ascend"))
+    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-2000:]
+    told = "daedal: backend 'triton' is present but does not load (FileNotFoundError: bishengir-compile of CANN is not"
+    assert result.stderr.startswith(told), result.stderr
+    assert "source the set_env.sh of CANN" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def _chosen(chip: str) -> dict[str, str]:
     return {row["op"]: row["backend"] for row in silicon_plan.planned(silicon.read(chip)) if row["chosen"]}
 
@@ -67,7 +97,9 @@ def test_the_plan_for_a_chip_has_its_vendors_ops(chip: str) -> None:
     chosen = _chosen(chip)
     for op in ("rms_norm", "rotary", "swiglu", "attention", "choose_entries", "route", "experts"):
         assert chosen[op] == "npu", op
-    assert chosen["sparse_attention"] == chosen["linear"] == "aten"  # that of V4 has no op there
+    assert chosen["linear"] == "aten"
+    kernels = "triton" if silicon.read(chip).sums_on_chip else "aten"  # V4's have no op there
+    assert chosen["sparse_attention"] == chosen["hyper_collapse"] == kernels
     assert "npu" not in _chosen("h200").values()
     assert "npu" not in REGISTRY.backends
     reasons = [choice for choice in silicon_plan.planned(silicon.read("h200")) if choice["backend"] == "npu"]

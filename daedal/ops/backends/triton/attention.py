@@ -19,6 +19,7 @@ from daedal.ops.rows import Rows
 LEAST_CHUNK = 256  # keys that are worth a program of their own
 MOST_SPLITS = 64
 WIDEST_BLOCK = 128  # of keys: stretches are whole blocks
+FLOAT_BYTES = 4
 MOST_ROWS = 64  # of queries and heads in a block
 
 _ATTEND = tuned(kernels.attend, spaces.ATTENTION, ["PART_A", "PART_B", "VALUE", "BM", "KIND", "SHARED", "SPLIT"])
@@ -36,7 +37,7 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
     q_THK = q_THK if q_THK.stride(-1) == 1 else q_THK.contiguous()
     per_key = num_heads // located.heads
     part = key_part(size, value_dim if isinstance(values, int) else None)
-    block = row_block(max(end - start for start, end in pairwise(starts)) * per_key, q_THK)
+    block = row_block(max(end - start for start, end in pairwise(starts)) * per_key, q_THK, value_dim)
     blocks = _blocks(tuple(starts), per_key, block, device)
     num_splits, chunk = splits(blocks.shape[0] * located.heads, max(keys.lengths), device)
     parts, logs = partial_results(out_THV, num_splits) if num_splits > 1 else (out_THV, out_THV)
@@ -56,9 +57,12 @@ def key_part(size: int, value_dim: int | None) -> int:
     return value_dim if value_dim is not None else 1 << (size.bit_length() - 1)
 
 
-def row_block(rows: int, q_THK: Tensor) -> int:
+def row_block(rows: int, q_THK: Tensor, value_dim: int) -> int:
     """Queries and heads of a block: as many as there are, and as half of the memory beside a core holds."""
-    room = (silicon.of(q_THK.device).on_chip_bytes or 2**16) // (2 * q_THK.shape[-1] * q_THK.element_size())
+    profile, element = silicon.of(q_THK.device), q_THK.element_size()
+    # Where sums lie beside the core: those of a row, its new share of them, and the share of the block's keys.
+    beside = 2 * FLOAT_BYTES * value_dim if profile.sums_on_chip else 0
+    room = (profile.on_chip_bytes or 2**16) // (2 * (q_THK.shape[-1] * element + beside))
     return max(16, min(block_of(rows), MOST_ROWS, 1 << (max(room, 1).bit_length() - 1)))
 
 

@@ -12,7 +12,7 @@ from daedal.ops.backends.triton import spaces, supports
 from daedal.ops.backends.triton.elementwise import rows
 from daedal.ops.backends.triton.kernels import experts as kernels
 from daedal.ops.backends.triton.kernels import routing
-from daedal.ops.backends.triton.launch import block_of, tuned
+from daedal.ops.backends.triton.launch import block_of, stretches, tuned
 from daedal.ops.backends.triton.supports import BACKEND
 from daedal.ops.registry import REGISTRY
 
@@ -41,13 +41,13 @@ def route(
     num_tokens, num_experts = logits_TE.shape
     ids_TA = torch.empty((num_tokens, num_active), dtype=torch.int64, device=logits_TE.device)
     weights_TA = torch.empty((num_tokens, num_active), dtype=torch.float32, device=logits_TE.device)
-    if ids_TA.numel():
-        logits = rows(logits_TE.detach())
-        kept = n_group if method == "greedy" else topk_group
-        routing.route[(num_tokens,)](
-            logits, logits if bias_E is None else bias_E, ids_TA, weights_TA, num_experts, logits.stride(0),
-            float(scale), SCORING=_SCORINGS.index(scoring), BIASED=bias_E is not None, GROUPS=n_group, KEPT=kept,
-            PAIRS=method == "noaux_tc", ACTIVE=num_active, NORMALISED=normalise, BLOCK=block_of(num_experts),
+    logits = rows(logits_TE.detach())
+    kept = n_group if method == "greedy" else topk_group
+    for part in stretches(num_tokens, 1, logits.device) if ids_TA.numel() else ():
+        routing.route[(part.stop - part.start,)](
+            logits[part], logits if bias_E is None else bias_E, ids_TA[part], weights_TA[part], num_experts,
+            logits.stride(0), float(scale), SCORING=_SCORINGS.index(scoring), BIASED=bias_E is not None, GROUPS=n_group,
+            KEPT=kept, PAIRS=method == "noaux_tc", ACTIVE=num_active, NORMALISED=normalise, BLOCK=block_of(num_experts),
             SLOTS=triton.next_power_of_2(num_active),
         )  # fmt: skip
     if not (torch.is_grad_enabled() and logits_TE.requires_grad):

@@ -5,14 +5,15 @@ Measuring is Triton's own. What a step knows on the host (boundaries, lengths) i
 many layers ask for it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from daedal.ops import silicon
 from daedal.ops.backends.triton.spaces import Space
 from daedal.ops.backends.triton.supports import INTERPRETED
 
@@ -20,7 +21,9 @@ _SCHEDULE = ("num_warps", "num_stages")
 
 
 class _First:
-    """A kernel under the first point of its space, for the interpreter, which has no warps and no stages."""
+    """A kernel under the first point of its space: for the interpreter, which has no warps and no stages, and for chips
+    whose sums lie beside the core, where the points behind the first may not fit.
+    """
 
     def __init__(self, kernel: Any, point: Mapping[str, int]):
         self._kernel = kernel
@@ -30,18 +33,41 @@ class _First:
         return partial(self._kernel[grid], **self._constants)
 
 
-def tuned(kernel: Any, space: Space, key: Sequence[str]) -> Any:
+class _Tuned:
+    """A kernel whose points are tried when it is first started: not before is the chip asked what it is."""
+
+    def __init__(self, kernel: Any, space: Space, key: Sequence[str]):
+        self._kernel, self._space, self._key = kernel, space, key
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._runner[grid]
+
+    @cached_property
+    def _runner(self) -> Any:
+        if INTERPRETED or silicon.read(silicon.THIS).sums_on_chip:
+            return _First(self._kernel, self._space[0])
+        configs = [
+            triton.Config(
+                {name: value for name, value in point.items() if name not in _SCHEDULE},
+                **{name: point[name] for name in _SCHEDULE if name in point},
+            )
+            for point in self._space
+        ]
+        return triton.autotune(configs=configs, key=list(self._key))(self._kernel)
+
+
+def tuned(kernel: Any, space: Space, key: Sequence[str]) -> _Tuned:
     """The kernel, to be started as kernel[grid](...): the fastest point of `space` for each value of `key`."""
-    if INTERPRETED:
-        return _First(kernel, space[0])
-    configs = [
-        triton.Config(
-            {name: value for name, value in point.items() if name not in _SCHEDULE},
-            **{name: point[name] for name in _SCHEDULE if name in point},
-        )
-        for point in space
-    ]
-    return triton.autotune(configs=configs, key=list(key))(kernel)
+    return _Tuned(kernel, space, key)
+
+
+def stretches(number: int, programs: int, device: torch.device, *, most: int | None = None) -> Iterator[slice]:
+    """`number` things, each of so many programs, in runs that one start may have on the chip; `most` in a run."""
+    limit = silicon.of(device).most_programs
+    bounds = [number, *(() if limit is None else (limit // programs,)), *(() if most is None else (most,))]
+    step = max(1, min(bounds))
+    for first in range(0, number, step):
+        yield slice(first, min(first + step, number))
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from torch import Tensor
 from daedal.ops.backends.triton import spaces, supports
 from daedal.ops.backends.triton.attention import merged, partial_results, row_block, splits
 from daedal.ops.backends.triton.kernels import sparse as kernels
-from daedal.ops.backends.triton.launch import block_of, on_device, sent, tuned
+from daedal.ops.backends.triton.launch import block_of, on_device, sent, stretches, tuned
 from daedal.ops.backends.triton.located import FLAT, Located
 from daedal.ops.backends.triton.supports import BACKEND
 from daedal.ops.reference_sparse import chosen_width
@@ -50,10 +50,10 @@ def choose_entries(
     weights_TI = weights_TI.detach().contiguous()
     block = max(1, min(num_tokens, SCORES // most))
     scores_tS = torch.empty((block, most), dtype=torch.float32, device=device)
-    for first in range(0, num_tokens, block):
-        part = slice(first, min(first + block, num_tokens))
-        tokens = part.stop - first
-        kernels.score_entries[(tokens, triton.cdiv(most, ENTRIES))](
+    runs = triton.cdiv(most, ENTRIES)
+    for part in stretches(num_tokens, runs, device, most=block):
+        tokens = part.stop - part.start
+        kernels.score_entries[(tokens, runs)](
             q_TIK[part], weights_TI[part], scores_tS, sequences_T[part], seen_T[part], located.memory, located.places,
             q_TIK.stride(0), q_TIK.stride(1), num_heads, most, num_heads, size, located.table, located.page_size,
             located.page, located.row, KIND=located.kind, BLOCK_I=block_of(num_heads), BLOCK_K=block_of(size),
@@ -87,21 +87,25 @@ def sparse_attention(
     held = nowhere if entries is None else Located.of(entries, device)
     near, firsts = _window(window, tuple(starts), tuple(pasts), device) or (nowhere, nowhere.places)
     sequences_T, positions_T = _tokens(tuple(starts), tuple(pasts), device)
-    num_chosen = 0 if chosen_TA is None else chosen_TA.shape[1]
+    chosen, num_chosen = (None, 0) if chosen_TA is None else (chosen_TA.contiguous(), chosen_TA.shape[1])
     most = 0 if entries is None else num_chosen if chosen_TA is not None else max(entries.lengths)
-    block = row_block(num_heads, q_THK)
-    num_splits, chunk = splits(num_tokens * triton.cdiv(num_heads, block), most, device)
-    parts, logs = partial_results(out_THV, num_splits)
-    _ATTEND[(num_tokens, triton.cdiv(num_heads, block), num_splits)](
-        q_THK, parts, logs, sequences_T, positions_T, held.memory, held.places,
-        nowhere.places if chosen_TA is None else chosen_TA.contiguous(), near.memory, near.places, firsts,
-        float(scale), chunk, num_chosen, num_tokens, num_heads, rate, span, q_THK.stride(0), q_THK.stride(1),
-        held.table, held.page_size, held.page, held.row, near.table, near.page_size, near.page, near.row,
-        ENTRIES=entries is not None, ENTRY_KIND=held.kind, CHOSEN=chosen_TA is not None,
-        WINDOW=window is not None, WINDOW_KIND=near.kind, PART_A=value_dim, PART_B=size - value_dim,
-        BLOCK_A=block_of(value_dim), BLOCK_B=block_of(size - value_dim), BM=block,
-    )  # fmt: skip
-    return merged(parts, logs, sinks_H, out_THV)
+    block = row_block(num_heads, q_THK, value_dim)
+    blocks = triton.cdiv(num_heads, block)
+    num_splits, chunk = splits(num_tokens * blocks, most, device)
+    for some in stretches(num_tokens, max(num_heads, blocks * num_splits), device):
+        out_tHV = out_THV[some]
+        parts, logs = partial_results(out_tHV, num_splits)
+        _ATTEND[(out_tHV.shape[0], blocks, num_splits)](
+            q_THK[some], parts, logs, sequences_T[some], positions_T[some], held.memory, held.places,
+            nowhere.places if chosen is None else chosen[some], near.memory, near.places, firsts,
+            float(scale), chunk, num_chosen, out_tHV.shape[0], num_heads, rate, span, q_THK.stride(0), q_THK.stride(1),
+            held.table, held.page_size, held.page, held.row, near.table, near.page_size, near.page, near.row,
+            ENTRIES=entries is not None, ENTRY_KIND=held.kind, CHOSEN=chosen is not None,
+            WINDOW=window is not None, WINDOW_KIND=near.kind, PART_A=value_dim, PART_B=size - value_dim,
+            BLOCK_A=block_of(value_dim), BLOCK_B=block_of(size - value_dim), BM=block,
+        )  # fmt: skip
+        merged(parts, logs, sinks_H, out_tHV)
+    return out_THV
 
 
 def _window(

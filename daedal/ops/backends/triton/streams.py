@@ -6,6 +6,7 @@ from torch import Tensor
 
 from daedal.ops.backends.triton import supports
 from daedal.ops.backends.triton.kernels import streams as kernels
+from daedal.ops.backends.triton.launch import stretches
 from daedal.ops.backends.triton.supports import BACKEND
 from daedal.ops.registry import REGISTRY
 
@@ -21,10 +22,11 @@ def hyper_collapse(
     x_TD = streams_TMD.new_empty((num_tokens, num_columns))
     post_TM = streams_TMD.new_empty((num_tokens, num_streams), dtype=torch.float32)
     comb_TMM = streams_TMD.new_empty((num_tokens, num_streams, num_streams), dtype=torch.float32)
-    if x_TD.numel():
-        kernels.collapse[(num_tokens,)](
-            streams_TMD, _mixes(streams_TMD, fn), base, scale, x_TD, post_TM, comb_TMM, num_columns, float(norm_eps),
-            float(eps), FULL=True, ITERATIONS=iterations, STREAMS=num_streams,
+    mixes = _mixes(streams_TMD, fn)
+    for part in stretches(num_tokens, 1, x_TD.device) if x_TD.numel() else ():
+        kernels.collapse[(part.stop - part.start,)](
+            streams_TMD[part], mixes[part], base, scale, x_TD[part], post_TM[part], comb_TMM[part], num_columns,
+            float(norm_eps), float(eps), FULL=True, ITERATIONS=iterations, STREAMS=num_streams,
             SLOTS=triton.next_power_of_2(num_streams), BLOCK=_COLUMNS,
         )  # fmt: skip
     return x_TD, post_TM, comb_TMM
@@ -35,9 +37,10 @@ def hyper_head(streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, 
     num_tokens, num_streams, num_columns = streams_TMD.shape
     streams_TMD = streams_TMD.contiguous()
     x_TD = streams_TMD.new_empty((num_tokens, num_columns))
-    if x_TD.numel():
-        kernels.collapse[(num_tokens,)](
-            streams_TMD, _mixes(streams_TMD, fn), base, scale, x_TD, base, base, num_columns, float(norm_eps),
+    mixes = _mixes(streams_TMD, fn)
+    for part in stretches(num_tokens, 1, x_TD.device) if x_TD.numel() else ():
+        kernels.collapse[(part.stop - part.start,)](
+            streams_TMD[part], mixes[part], base, scale, x_TD[part], base, base, num_columns, float(norm_eps),
             float(eps), FULL=False, ITERATIONS=1, STREAMS=num_streams, SLOTS=triton.next_power_of_2(num_streams),
             BLOCK=_COLUMNS,
         )  # fmt: skip
@@ -48,11 +51,12 @@ def hyper_head(streams_TMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, 
 def hyper_expand(y_TD: Tensor, streams_TMD: Tensor, post_TM: Tensor, comb_TMM: Tensor) -> Tensor:
     num_tokens, num_streams, num_columns = streams_TMD.shape
     result_TMD = streams_TMD.new_empty(streams_TMD.shape)
-    if result_TMD.numel():
-        kernels.expand[(num_tokens, triton.cdiv(num_columns, _COLUMNS))](
-            y_TD.contiguous(), streams_TMD.contiguous(), post_TM.contiguous(), comb_TMM.contiguous(), result_TMD,
-            num_columns, STREAMS=num_streams, BLOCK=_COLUMNS,
-        )  # fmt: skip
+    given = [tensor.contiguous() for tensor in (y_TD, streams_TMD, post_TM, comb_TMM)]
+    runs = triton.cdiv(num_columns, _COLUMNS)
+    for part in stretches(num_tokens, runs, y_TD.device) if result_TMD.numel() else ():
+        kernels.expand[(part.stop - part.start, runs)](
+            *(tensor[part] for tensor in given), result_TMD[part], num_columns, STREAMS=num_streams, BLOCK=_COLUMNS
+        )
     return result_TMD
 
 

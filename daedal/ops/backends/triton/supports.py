@@ -2,7 +2,9 @@
 --profile` can say what a chip would run that is not here.
 
 GPUs of NVIDIA and AMD, by their profiles; the CPU only through Triton's interpreter (TRITON_INTERPRET=1), which is for
-tests. Ops whose best form is a plain product (`linear`, `grouped_linear`) are left to the maker's libraries.
+tests. Ops whose best form is a plain product (`linear`, `grouped_linear`) are left to the maker's libraries. On
+Huawei's chips only ops for which backend `npu` has none, or not for all sizes: V4's attention, its choice of entries
+and its compressors, residual streams, routing. There sums lie beside the core, so sizes have bounds that GPUs lack.
 """
 
 import os
@@ -22,18 +24,25 @@ from daedal.ops.rows import FlatRows, PagedRows, Rows
 BACKEND = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAKERS = ("nvidia", "amd")
+COMPILERS: Mapping[str, str] = MappingProxyType({"nvidia": "nvidia", "amd": "amd", "huawei": "ascend"})
+"""What Triton calls its compiler for the chips of each maker."""
+GPUS = ("nvidia", "amd")
 WIDEST_ROW = 2**16  # numbers of a row that one program holds
 WIDEST_KEY, MOST_EXPERTS, MOST_ACTIVE = 1024, 4096, 64
 MOST_STREAMS = 16
+# Where sums lie beside the core: the largest that tools/compile_ascend.py was seen to compile for every chip.
+WIDEST_KEY_ON_CHIP, MOST_INDEX_HEADS, WIDEST_INDEX_KEY = 576, 64, 128
+MOST_EXPERTS_ON_CHIP, MOST_ACTIVE_ON_CHIP = 512, 16
 GROUPS = (32, 64, 128)  # numbers that share a scale, along the summed axis
 
 
-def declines(*tensors: Tensor | None, trains: bool = False) -> str | None:
-    """What every op asks first. trains: the op has gradients here."""
+def declines(*tensors: Tensor | None, trains: bool = False, everywhere: bool = False) -> str | None:
+    """What every op asks first. trains: the op has gradients here. everywhere: it compiles for
+    chips of other makers too that say where their sums lie."""
     present = [tensor for tensor in tensors if tensor is not None]
     profile = silicon.of(present[0].device)
-    if profile.maker not in MAKERS and not (profile.device == "cpu" and INTERPRETED):
+    fits = profile.maker in GPUS or (profile.device == "cpu" and INTERPRETED)
+    if not fits and not (everywhere and profile.sums_on_chip and profile.maker in COMPILERS):
         return f"compiles for GPUs of NVIDIA and AMD, and this is {profile.name}"
     wrong = next((tensor.dtype for tensor in present if tensor.dtype not in FLOATS), None)
     if wrong is not None:
@@ -74,9 +83,11 @@ def route(
 ) -> str | None:
     if given_TA is not None:
         return "chooses experts, and these are given"
-    if logits_TE.shape[-1] > MOST_EXPERTS or num_active > MOST_ACTIVE:
-        return f"chooses at most {MOST_ACTIVE} of {MOST_EXPERTS} experts"
-    return declines(logits_TE, bias_E, trains=True)
+    on_chip = silicon.of(logits_TE.device).sums_on_chip
+    most, most_active = (MOST_EXPERTS_ON_CHIP, MOST_ACTIVE_ON_CHIP) if on_chip else (MOST_EXPERTS, MOST_ACTIVE)
+    if logits_TE.shape[-1] > most or num_active > most_active:
+        return f"chooses at most {most_active} of {most} experts"
+    return declines(logits_TE, bias_E, trains=True, everywhere=True) or _unaligned(logits_TE)
 
 
 def experts(
@@ -112,8 +123,12 @@ def choose_entries(
     count: int,
     rate: int,
 ) -> str | None:
+    wide = q_TIK.shape[1] > MOST_INDEX_HEADS or q_TIK.shape[2] > WIDEST_INDEX_KEY
+    if wide and silicon.of(q_TIK.device).sums_on_chip:
+        return f"holds {MOST_INDEX_HEADS} index heads of {WIDEST_INDEX_KEY} numbers at most"
     with torch.no_grad():  # no gradient passes here
-        return _rows_decline(q_TIK, keys) or declines(q_TIK, weights_TI, _memory(keys))
+        why = _rows_decline(q_TIK, keys) or declines(q_TIK, weights_TI, _memory(keys), everywhere=True)
+    return why or _unaligned(q_TIK, _memory(keys))
 
 
 def sparse_attention(
@@ -134,7 +149,36 @@ def sparse_attention(
         return "reads windows side by side or in rings, not on pages"
     present = [rows for rows in (entries, window) if rows is not None]
     why = next((why for rows in present if (why := _rows_decline(q_THK, rows))), None)
-    return why or declines(q_THK, sinks_H, *(_memory(rows) for rows in present))
+    memories = [_memory(rows) for rows in present]
+    return why or declines(q_THK, sinks_H, *memories, everywhere=True) or _unaligned(q_THK, *memories)
+
+
+def pool_groups(
+    kv_TW: Tensor,
+    gate_TW: Tensor,
+    bias_rW: Tensor,
+    weight_K: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    starts: tuple[int, ...],
+    pasts: tuple[int, ...],
+    ring: Tensor,
+    states: tuple[int, ...],
+    entries: PagedRows,
+    *,
+    eps: float,
+    overlaps: bool,
+) -> str | None:
+    if entries.packing is not None:
+        return "does not write packed rows"
+    if weight_K.shape[0] > WIDEST_KEY or weight_K.shape[0] % 2:
+        return f"writes entries of an even number up to {WIDEST_KEY}, and these have {weight_K.shape[0]}"
+    if any(tensor.dtype != torch.float32 for tensor in (kv_TW, gate_TW, bias_rW, ring)):
+        return "pools float32 alone"
+    if ring.stride(-1) != 1 or entries.pool.stride(-1) != 1:
+        return "writes rows whose numbers lie side by side"
+    why = declines(kv_TW, gate_TW, bias_rW, weight_K, cos_TC, sin_TC, entries.pool, everywhere=True)
+    return why or _unaligned(kv_TW, ring, entries.pool)
 
 
 def scaled_linear(x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic) -> str | None:
@@ -189,6 +233,7 @@ PREDICATES: Mapping[str, Predicate] = MappingProxyType(
         "hyper_collapse": hyper_collapse,
         "hyper_head": hyper_head,
         "hyper_expand": hyper_expand,
+        "pool_groups": pool_groups,
         "scaled_linear": scaled_linear,
         "scaled_experts": scaled_experts,
     }
@@ -198,7 +243,7 @@ PREDICATES: Mapping[str, Predicate] = MappingProxyType(
 def _streams(streams_TMD: Tensor, *others: Tensor) -> str | None:
     if streams_TMD.shape[1] > MOST_STREAMS:
         return f"holds {MOST_STREAMS} streams at most, and these are {streams_TMD.shape[1]}"
-    return declines(streams_TMD, *others)
+    return declines(streams_TMD, *others, everywhere=True) or _unaligned(streams_TMD)
 
 
 def _memory(rows: Rows | RingRows) -> Tensor:
@@ -217,9 +262,16 @@ def _rows_decline(q: Tensor, rows: Rows | RingRows) -> str | None:
         return "does not read packed rows"
     if memory.dtype != q.dtype:
         return f"wants queries and keys of one type, and these are {q.dtype} and {memory.dtype}"
-    if memory.shape[-1] > WIDEST_KEY:
-        return f"holds keys of {WIDEST_KEY} numbers at most, and these have {memory.shape[-1]}"
+    widest = WIDEST_KEY_ON_CHIP if silicon.of(q.device).sums_on_chip else WIDEST_KEY
+    if memory.shape[-1] > widest:
+        return f"holds keys of {widest} numbers at most, and these have {memory.shape[-1]}"
     return None
+
+
+def _unaligned(*tensors: Tensor) -> str | None:
+    alignment = silicon.of(tensors[0].device).alignment
+    wrong = next((size for x in tensors if (size := x.shape[-1] * x.element_size()) % alignment), None)
+    return None if wrong is None else f"reads rows of a multiple of {alignment} bytes, and these have {wrong}"
 
 
 def _multiplies(rounding: Rounding) -> bool:

@@ -114,19 +114,23 @@ def score_entries(
 
 @triton.jit
 def _ordered(scores):
-    """uint32 in the order of the scores; both zeros are one, and NaN lies above all or below all."""
+    """int32 in the order of the scores; both zeros are one, and NaN lies above all or below all."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    return (tl.where(bits < 0, ~bits, bits ^ -2147483648)).to(tl.uint32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _lowest_taken(scores, num_seen, count, BLOCK: tl.constexpr):
-    """(bits of the lowest score that is among the `count` best, how many lie above it), both [1]."""
-    digits = tl.arange(0, 16).to(tl.uint32)
-    lowest = tl.zeros((1,), tl.uint32)
+    """(bits of the lowest score that is among the `count` best, how many lie above it), both [1].
+
+    Digits are those of the bits with their sign turned over, which count upwards; comparisons have signs, because not
+    every chip compares numbers without.
+    """
+    digits = tl.arange(0, 16)
+    lowest = tl.zeros((1,), tl.int32)
     above = tl.zeros((1,), tl.int32)
     for step in tl.static_range(8):
-        limits = lowest | (digits << (28 - 4 * step))
+        limits = (lowest | (digits << (28 - 4 * step))) ^ -2147483648
         counts = tl.zeros((16,), tl.int32)
         for block in range(0, num_seen, BLOCK):
             columns = block + tl.arange(0, BLOCK)
@@ -135,9 +139,9 @@ def _lowest_taken(scores, num_seen, count, BLOCK: tl.constexpr):
             counts += tl.sum(reached.to(tl.int32), 0)
         # Counts fall with the digit: the last that still reaches `count` is the digit of the lowest one taken.
         digit = tl.sum((counts >= count).to(tl.int32), 0) - 1
-        above = tl.sum(tl.where(tl.arange(0, 16) == digit + 1, counts, 0), 0) + tl.where(digit == 15, above, 0)
-        lowest = lowest | (digit.to(tl.uint32) << (28 - 4 * step))
-    return lowest, above
+        above = tl.sum(tl.where(digits == digit + 1, counts, 0), 0) + tl.where(digit == 15, above, 0)
+        lowest = lowest | (digit << (28 - 4 * step))
+    return lowest ^ -2147483648, above
 
 
 @triton.jit
