@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from daedal.checkpoint.gguf_header import read_gguf
 from daedal.errors import CheckpointError
 
 Metadata = Mapping[str, object]
@@ -42,12 +43,8 @@ def import_gguf(path: Path, directory: Path, *, report: Report = lambda done, to
 
     report: called with tensors done and in all. CheckpointError for another architecture, tokenizer or a damaged file.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata: dict[str, object] = {key: entry.contents() for key, entry in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file ({error}): fetch it again") from error
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    metadata, found = read_gguf(path)
+    tied = all(tensor.name != "output.weight" for tensor in found)
     config = published_config(metadata, tied=tied)
     tokenizer = build_tokenizer(metadata)
     _write_json(directory / "config.json", config)
@@ -56,7 +53,7 @@ def import_gguf(path: Path, directory: Path, *, report: Report = lambda done, to
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors: dict[str, NDArray[numpy.float32]] = {}
-    for done, tensor in enumerate(reader.tensors, start=1):
+    for done, tensor in enumerate(found, start=1):
         name, kind = published_name(tensor.name)
         num_heads = heads.get(kind)
         try:
@@ -68,7 +65,7 @@ def import_gguf(path: Path, directory: Path, *, report: Report = lambda done, to
             raise CheckpointError(
                 f"tensor {tensor.name!r} of {path} has {told}, which cannot be read ({error}): fetch the file again"
             ) from error
-        report(done, len(reader.tensors))
+        report(done, len(found))
     try:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     except safetensors.SafetensorError as error:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import gguf
 from huggingface_hub import ModelCard
 
+from daedal.checkpoint.gguf_header import read_gguf
 from daedal.distill import terms
 from daedal.errors import CheckpointError
 from daedal.text.files import read_optional, read_text
@@ -98,7 +98,8 @@ def _said(directory: Path) -> Iterator[tuple[str, str]]:
     yield from _named("config.json", read_optional(directory / "config.json").get("license"))
     yield from _named(RECORD, _object(read_optional(directory / RECORD).get("student")).get("licence"))
     for path in sorted(directory.glob("*.gguf")):
-        yield from _named(path.name, _gguf_licence(path))
+        metadata, _ = read_gguf(path)
+        yield from _named(path.name, metadata.get("general.license"))
 
 
 def _named(source: str, licence: object) -> Iterator[tuple[str, str]]:
@@ -120,14 +121,6 @@ def _card_licence(path: Path) -> object:
         raise CheckpointError(f"{path} has no readable front matter ({error}): correct or remove it") from error
     licence = data.get("license")
     return data.get("license_name") if licence == "other" else licence
-
-
-def _gguf_licence(path: Path) -> object:
-    try:
-        field = gguf.GGUFReader(path).fields.get("general.license")
-    except (ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file ({error}): fetch it again") from error
-    return None if field is None else field.contents()
 
 
 def licence_files(directory: Path) -> list[Path]:

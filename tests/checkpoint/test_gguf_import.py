@@ -1,8 +1,10 @@
 """GGUF to a published checkpoint: exact weights in the right order, the same tokenizer, clear refusals."""
 
 import json
+import struct
 from pathlib import Path
 
+import gguf
 import numpy
 import pytest
 import torch
@@ -10,12 +12,14 @@ from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from daedal.checkpoint.gguf_header import read_gguf
 from daedal.checkpoint.gguf_import import import_gguf
 from daedal.errors import CheckpointError
 from daedal.text.chat import ChatTemplate
 from daedal.text.tokenizer import Tokenizer
 from tests.tiny_gguf import HEADS, HIDDEN, KV_HEADS, TEMPLATE, Tensors, write_gguf
 
+UINT8, STRING, ARRAY = 0, 8, 9  # types of GGUF's values
 TEXTS = [
     "Hello world",
     "12345 and 3.14, x=22;y=7",
@@ -111,6 +115,55 @@ def test_a_tensor_whose_shape_was_changed_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"'blk.0.ffn_gate.weight' of .* has shape .* cannot be read"):
         import_gguf(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "count"),
+    [
+        (b"tokenizer.ggml.token_type", UINT8, 2**40),
+        (b"tokenizer.ggml.token_type", UINT8, 2**64 - 1),
+        (b"tokenizer.ggml.tokens", UINT8, 2**40),
+        (b"tokenizer.ggml.tokens", STRING, 2**40),
+        (b"tokenizer.ggml.tokens", ARRAY, 2**40),
+    ],
+)
+def test_an_array_longer_than_its_file_is_not_read(tmp_path: Path, key: bytes, kind: int, count: int) -> None:
+    """Found by fuzzing: gguf reads value after value beyond the end of the file, for as long as the count says."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    data = bytearray(path.read_bytes())
+    inner = data.index(key) + len(key) + 4  # behind the type of the value, which has four bytes
+    data[inner : inner + 12] = struct.pack("<IQ", kind, count)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+        import_gguf(path, tmp_path)
+
+
+def test_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    """A small file could else become any number of large weights."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    data = bytearray(path.read_bytes())
+    for name in (b"blk.0.ffn_gate.weight", b"blk.0.ffn_up.weight"):
+        dims = data.index(name) + len(name) + 4
+        data[dims : dims + 16] = struct.pack("<QQ", HIDDEN, 800)
+        data[dims + 20 : dims + 28] = bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its tensors claim"):
+        import_gguf(path, tmp_path)
+
+
+def test_a_file_of_the_other_byte_order_is_walked_alike(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("token_embd.weight", numpy.ones((2, 4), dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata, tensors = read_gguf(tmp_path / "model.gguf")
+    assert metadata["tokenizer.ggml.tokens"] == ["a", "b"]
+    assert [tensor.shape.tolist() for tensor in tensors] == [[4, 2]]
 
 
 def test_the_default_models_ids_equal_those_of_transformers(smollm2: Path) -> None:
