@@ -50,4 +50,8 @@ class OverloadError(DaedalError):
 
 
 class DeadlineError(OverloadError):
-    """A request cannot be answered in the time that it has; later, or with more time, it may."""
+    """A request cannot be answered in the time that it has; `wait` seconds later, or with more time, it may."""
+
+    def __init__(self, message: str, *, wait: float):
+        super().__init__(message)
+        self.wait = wait

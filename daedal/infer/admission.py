@@ -118,7 +118,8 @@ class Admission:
         if (needed := self._needed(request, num_prompt - found, ahead)) > request.seconds:
             raise DeadlineError(
                 f"the request is to be answered within {request.seconds:.3g} s, and at the pace of the latest steps it "
-                f"needs at least {needed:.3g} s: give it a longer timeout, ask for less, or try again later"
+                f"needs at least {needed:.3g} s: give it a longer timeout, ask for less, or try again later",
+                wait=needed - request.seconds,
             )
 
     def _needed(self, request: Request, num_unread: int, ahead: Ahead) -> float:

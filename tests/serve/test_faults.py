@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from daedal.serve.connection import TimedConnection
-from daedal.serve.state.service import MOST_WAIT, Service
+from daedal.serve.state.errors import MOST_WAIT
+from daedal.serve.state.service import Service
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.api.test_streams import wait_until
 from tests.serve.hosted import ENDLESS, MANY

@@ -12,6 +12,7 @@ from daedal.errors import ConfigError
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request
 from daedal.serve.state.course import Course
+from daedal.serve.state.errors import MOST_WAIT
 from daedal.serve.state.keys import Keys
 from daedal.text.tokenizer import Tokenizer
 from tests.serve.live import ScriptedEngine, real_service, scripted_service, serving
@@ -107,5 +108,7 @@ def test_a_deadline_out_of_reach_is_refused_at_once(checkpoint: Path) -> None:
             assert (refused.status_code, error["type"], error["param"]) == (429, "rate_limit_error", "timeout")
             assert error["code"] == "deadline_unreachable"
             assert "needs at least 3e+03 s" in error["message"]
-            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["retry-after"] == str(MOST_WAIT)
+            almost = http.post(path, json={**body, "timeout": 2990.5})
+            assert (almost.status_code, almost.headers["retry-after"]) == (429, "10"), "what it lacks, rounded up"
             assert http.post(path, json={**body, "timeout": 4000}).status_code == 200

@@ -6,6 +6,7 @@ envelope that its clients read, with the types that they know.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
@@ -18,6 +19,7 @@ from daedal.serve.workers.worker import GenerationFailed, WorkerStopped
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+MOST_WAIT = 30  # seconds that a client is told to wait, at most
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_KINDS = {
     400: "invalid_request_error",
@@ -76,9 +78,9 @@ def as_api_error(error: Exception) -> ApiError:
         case HTTPException():
             return _from_routing(error)
         case DeadlineError():
-            sentence, retry = str(error), {"Retry-After": str(RETRY_AFTER_SECONDS)}
-            code = "deadline_unreachable"
-            return ApiError(429, sentence, param="timeout", code=code, kind="rate_limit_error", headers=retry)
+            retry = {"Retry-After": str(math.ceil(min(max(error.wait, RETRY_AFTER_SECONDS), MOST_WAIT)))}
+            code, kind = "deadline_unreachable", "rate_limit_error"
+            return ApiError(429, str(error), param="timeout", code=code, kind=kind, headers=retry)
         case OverloadError():
             retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return ApiError(429, str(error), code="queue_full", kind="rate_limit_error", headers=retry)

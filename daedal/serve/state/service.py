@@ -19,6 +19,7 @@ from daedal.cost.spending import Tariff
 from daedal.infer.request import Request, SamplingParams
 from daedal.serve.state.abilities import abilities
 from daedal.serve.state.course import Course
+from daedal.serve.state.errors import MOST_WAIT
 from daedal.serve.state.keys import Keys
 from daedal.serve.state.metrics import Metrics
 from daedal.serve.state.stored import StoredResponses
@@ -30,7 +31,6 @@ from daedal.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 3.0
-MOST_WAIT = 30  # seconds that a client is told to wait, at most
 _LATEST = 0.1  # weight of the latest request among those by which that is judged
 
 

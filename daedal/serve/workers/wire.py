@@ -10,13 +10,13 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from daedal import errors
-from daedal.errors import DaedalError, RequestError
+from daedal.errors import DaedalError, DeadlineError, RequestError
 from daedal.infer.request import Output, Request, SamplingParams, Structure
 from daedal.infer.stats import EngineStats, ExpertsSeen
 from daedal.text.structure.masks import CompiledStructure
@@ -117,23 +117,28 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """An error. name: of a class of `daedal.errors`, empty for a defect, which is in the log of who met it."""
+    """An error. name: of a class of `daedal.errors`, empty for a defect, which is in the log of who met it. wait: of a
+    deadline that cannot be met."""
 
     name: str
     message: str
     param: str | None = None
+    wait: float = 1.0
 
     @classmethod
     def of(cls, error: Exception) -> "Told":
         if not isinstance(error, DaedalError):
             return cls(name="", message="")
-        return cls(name=type(error).__name__, message=str(error), param=getattr(error, "param", None))
+        told = cls(name=type(error).__name__, message=str(error), param=getattr(error, "param", None))
+        return replace(told, wait=error.wait) if isinstance(error, DeadlineError) else told
 
     def raised(self) -> DaedalError | None:
         """The same error on this side; None for a defect."""
         kind = _ERRORS.get(self.name)
         if kind is None:
             return None
+        if issubclass(kind, DeadlineError):
+            return kind(self.message, wait=self.wait)
         return kind(self.message, param=self.param) if issubclass(kind, RequestError) else kind(self.message)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daedal.cost.spending import Spent
-from daedal.errors import CapacityError, CheckpointError, OverloadError, RequestError
+from daedal.errors import CapacityError, CheckpointError, DeadlineError, OverloadError, RequestError
 from daedal.infer.request import Output, Request, SamplingParams, TokenLogprobs
 from daedal.infer.stats import ExpertsSeen
 from daedal.serve.workers import wire
@@ -104,15 +104,18 @@ def test_reports_arrive_as_they_were(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RequestError("a", param="n"), CapacityError("b", param=None), OverloadError("c"), CheckpointError("d")]
+    "error",
+    [
+        RequestError("a", param="n"),
+        CapacityError("b", param=None),
+        OverloadError("c"),
+        DeadlineError("e", wait=7.5),
+        CheckpointError("d"),
+    ],
 )
 def test_an_error_is_the_same_on_the_other_side(error: Exception) -> None:
     again = wire.Told.of(error).raised()
-    assert (type(again), str(again), getattr(again, "param", None)) == (
-        type(error),
-        str(error),
-        getattr(error, "param", None),
-    )
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_defect_tells_nothing_and_names_that_are_no_errors_of_ours_are_none() -> None:
