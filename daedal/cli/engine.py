@@ -99,7 +99,7 @@ def _make(options: Mapping[str, Any]) -> "Hosted":
         limits=wish.limits,
         chat_format=wish.chat_format,
         drafting=wish.drafting,
-        tariff=wish.rates.tariff(on_cpu=on_cpu),
+        tariff=wish.rates.tariff(on_cpu=on_cpu, processes=wish.placement.ranks),
         placement=wish.placement,
         log_format=wish.log_format,
     )

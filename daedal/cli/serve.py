@@ -245,7 +245,7 @@ def _service(worker: "ProcessWorker | Replicas", wish: Wish, offer: Offer, keys:
         keys=keys,
         max_requests=None if limits.max_requests is None else limits.max_requests * wish.placement.replicas,
         max_seconds=offer.seconds.request,
-        tariff=wish.rates.tariff(on_cpu=facts.on_cpu),
+        tariff=wish.rates.tariff(on_cpu=facts.on_cpu, processes=wish.placement.ranks),
         shows_cost=offer.shows_cost,
         compared=beside_original(facts.path, called, ModelConfig.read(facts.path)),
     )

@@ -40,10 +40,13 @@ class Rates:
     prices: Path | None = None
     price: str | None = None
 
-    def tariff(self, *, on_cpu: bool) -> Tariff:
-        """For a server on a CPU or on an accelerator. ConfigError for hardware and prices that do not exist."""
+    def tariff(self, *, on_cpu: bool, processes: int = 1) -> Tariff:
+        """For a server on a CPU, or on accelerators. processes: that hold the model together, each with an accelerator
+        of its own. ConfigError for hardware and prices that do not exist.
+        """
         chip = chip_here(on_cpu=on_cpu) if self.hardware is None else hardware.read(self.hardware)
-        counter = energy_of(chip, on_cpu=on_cpu)
+        counter = energy_of(chip, on_cpu=on_cpu, processes=processes)
+        devices = 1 if on_cpu else processes
         if chip is None:
             if self.prices is not None or self.price is not None:
                 option = "--prices" if self.price is None else "--price"
@@ -51,6 +54,7 @@ class Rates:
                     f"{option} is given and nobody knows of which hardware: name it with --hardware, which may be "
                     f"{hardware.THIS} once `daedal bench --calibrate` has run"
                 )
-            return Tariff(energy=counter)
+            return Tariff(energy=counter, processes=processes, devices=devices)
         name = hardware.THIS if self.hardware is None else self.hardware
-        return Tariff(energy=counter, price=price_of(prices.read(self.prices), name, self.price))
+        price = price_of(prices.read(self.prices), name, self.price)
+        return Tariff(energy=counter, price=price, processes=processes, devices=devices)

@@ -56,38 +56,54 @@ class Rapl:
 
 
 class Modelled:
-    """Design power x the share of all cores' time that this process used."""
+    """Design power x the share of all cores' time that this process used, and as much for each of the `processes` that
+    do the same work.
+    """
 
-    def __init__(self, watts: float, cores: int, *, given: bool, used: Callable[[], float] = time.process_time):
+    def __init__(
+        self,
+        watts: float,
+        cores: int,
+        *,
+        given: bool,
+        processes: int = 1,
+        used: Callable[[], float] = time.process_time,
+    ):
         self.watts: float | None = watts
-        self._joules_per_second, self._used = watts / cores, used
-        self.source = f"a model: {watts:g} W {'as given' if given else 'assumed'} x utilisation of {cores} cores"
+        self._joules_per_second, self._used = processes * watts / cores, used
+        alike = "" if processes == 1 else f", as of one of {processes} processes alike"
+        self.source = f"a model: {watts:g} W {'as given' if given else 'assumed'} x utilisation of {cores} cores{alike}"
 
     def read(self) -> float:
         return self._used() * self._joules_per_second
 
 
 class Steady:
-    """A constant power: of use where only the time between two readings in which something ran is counted."""
+    """A constant power, of `devices` alike: of use where only the time between two readings in which something ran is
+    counted.
+    """
 
-    def __init__(self, watts: float, chip: str, *, clock: Callable[[], float] = time.perf_counter):
-        self.watts: float | None = watts
-        self.source = f"a model: {watts:g} W, the peak power of {chip}, while it works"
-        self._watts, self._clock = watts, clock
+    def __init__(self, watts: float, chip: str, *, devices: int = 1, clock: Callable[[], float] = time.perf_counter):
+        self.watts: float | None = devices * watts
+        of = chip if devices == 1 else f"{devices} x {chip}"
+        self.source = f"a model: {self.watts:g} W, the peak power of {of}, while it works"
+        self._watts, self._clock = self.watts, clock
 
     def read(self) -> float:
         return self._clock() * self._watts
 
 
-def meter(watts: float | None, *, root: Path = POWERCAP, cores: int | None = None) -> Meter:
-    """RAPL where it can be read and no design power is given, else the model. ConfigError for watts below 0."""
+def meter(watts: float | None, *, root: Path = POWERCAP, cores: int | None = None, processes: int = 1) -> Meter:
+    """RAPL where it can be read and no design power is given, else the model. processes: on this machine that do the
+    same work, this one among them. ConfigError for watts below 0.
+    """
     if watts is not None and not 0 < watts <= 1e5:
         raise ConfigError(f"--watts is {watts:g}: it must be above 0 and at most 100000")
     zones = [] if watts is not None else _zones(root)
     if zones:
         return Rapl(zones)
     cores = cores or os.cpu_count() or 1
-    return Modelled(watts or ASSUMED_WATTS_PER_CORE * cores, cores, given=watts is not None)
+    return Modelled(watts or ASSUMED_WATTS_PER_CORE * cores, cores, given=watts is not None, processes=processes)
 
 
 def _zones(root: Path) -> list[_Zone]:

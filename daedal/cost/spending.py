@@ -57,14 +57,23 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Tariff:
-    """What is counted beside work and memory; None where it is not known."""
+    """What is counted beside work and memory; None where it is not known.
+
+    processes: that hold the model together, each with such a cache as the one that counts. devices: that all of them
+    run on; a machine's CPU is one. energy: of all of them. price: of one device.
+    """
 
     energy: Meter | None = None
     price: Price | None = None
+    processes: int = 1
+    devices: int = 1
 
     def spent(self, *, flops: float, kv_byte_seconds: float, device_seconds: float, joules: float) -> Spent:
-        """With the money that it comes to: None where a price counts electricity and nobody the joules."""
+        """Of all processes and devices, from what the counting process held and how long it took; with the money that
+        it comes to, None where a price counts electricity and nobody the joules.
+        """
         known = None if self.energy is None else joules
+        kv_byte_seconds, device_seconds = self.processes * kv_byte_seconds, self.devices * device_seconds
         return Spent(
             flops=flops,
             kv_byte_seconds=kv_byte_seconds,
@@ -85,15 +94,17 @@ def chip_here(*, on_cpu: bool) -> Chip | None:
     return hardware.read(hardware.THIS) if on_cpu and hardware.calibrated() else None
 
 
-def energy_of(chip: Chip | None, *, on_cpu: bool) -> Meter | None:
+def energy_of(chip: Chip | None, *, on_cpu: bool, processes: int = 1) -> Meter | None:
     """How joules are counted on a chip: by a CPU's own counters, else by its power, a measured or an assumed one; on an
-    accelerator by its peak power, None where that is not known.
+    accelerator by its peak power, None where that is not known. processes: that do the same work, on one CPU or each on
+    a chip of its own.
     """
     watts = None if chip is None else chip.watts_peak
     if on_cpu:
-        counted = energy.meter(None)
-        return counted if watts is None or isinstance(counted, energy.Rapl) else energy.meter(watts)
-    return None if chip is None or watts is None else energy.Steady(watts, chip.name)
+        counted = energy.meter(None, processes=processes)
+        modelled = watts is not None and not isinstance(counted, energy.Rapl)
+        return energy.meter(watts, processes=processes) if modelled else counted
+    return None if chip is None or watts is None else energy.Steady(watts, chip.name, devices=processes)
 
 
 def price_of(prices: Prices, hardware: str, label: str | None = None) -> Price | None:

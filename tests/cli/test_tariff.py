@@ -78,6 +78,21 @@ def test_hardware_that_is_named(home: Path) -> None:
         Rates(hardware="this").tariff(on_cpu=True)
 
 
+def test_processes_that_share_a_model(home: Path) -> None:
+    """On accelerators each has one, and both are paid for; on a CPU they share its cores, and the machine is one."""
+    chips = Rates(hardware="h200").tariff(on_cpu=False, processes=2)
+    assert (chips.processes, chips.devices) == (2, 2)
+    assert chips.energy is not None
+    assert chips.energy.watts == 1400.0
+    for measured in (False, True):
+        if measured:
+            calibrate(home)
+        cpu = Rates().tariff(on_cpu=True, processes=2)
+        assert (cpu.processes, cpu.devices) == (2, 1)
+        assert cpu.energy is not None
+        assert "as of one of 2 processes alike" in cpu.energy.source
+
+
 @pytest.mark.parametrize("given", ["prices", "price"])
 def test_prices_of_nothing_are_refused(home: Path, given: str) -> None:
     value = home / "own.toml" if given == "prices" else "mine"

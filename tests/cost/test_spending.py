@@ -6,9 +6,9 @@ import pytest
 
 from daedal import shapes
 from daedal.cost import flops, presets, prices, work
-from daedal.cost.energy import Steady
+from daedal.cost.energy import Modelled, Steady
 from daedal.cost.flops import Feeding
-from daedal.cost.spending import Spent, Tariff, price_of
+from daedal.cost.spending import Price, Spent, Tariff, price_of
 from daedal.cost.weights import active_params
 from daedal.errors import ConfigError
 
@@ -103,6 +103,26 @@ def test_money_by_hand(tmp_path: Path) -> None:
     assert Tariff(energy=energy, price=bought).spent(**counted).dollars == pytest.approx(20 / 3600 + 0.0002)
     assert Tariff(price=bought).spent(**counted).dollars is None
     assert Tariff().spent(**counted).dollars is None
+
+
+def test_several_processes_cost_what_all_of_them_cost() -> None:
+    """Two processes share a model: on accelerators one each, on a CPU its cores. Each has a cache like the other's."""
+    counted = {"flops": 1.0, "kv_byte_seconds": 2.0, "device_seconds": 10.0, "joules": 1000.0}
+    price = Price(label="rented", dollars_per_second=0.5, dollars_per_joule=0.001)
+    chips = Tariff(energy=Steady(700.0, "mine", devices=2, clock=lambda: 3.0), price=price, processes=2, devices=2)
+    assert chips.energy is not None
+    assert chips.energy.read() == 4200.0
+    assert chips.energy.source == "a model: 1400 W, the peak power of 2 x mine, while it works"
+    assert chips.spent(**counted) == Spent(
+        flops=1.0, kv_byte_seconds=4.0, device_seconds=20.0, joules=1000.0, dollars=pytest.approx(11.0)
+    )
+    cpu = Tariff(energy=Modelled(80.0, 4, given=True, processes=2, used=lambda: 3.0), price=price, processes=2)
+    assert cpu.energy is not None
+    assert cpu.energy.read() == 120.0
+    assert cpu.energy.source == "a model: 80 W as given x utilisation of 4 cores, as of one of 2 processes alike"
+    assert cpu.spent(**counted) == Spent(
+        flops=1.0, kv_byte_seconds=4.0, device_seconds=10.0, joules=1000.0, dollars=pytest.approx(6.0)
+    )
 
 
 def test_sums_know_what_all_of_them_know() -> None:
