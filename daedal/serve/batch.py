@@ -8,7 +8,8 @@ import asyncio
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -29,7 +30,7 @@ class BatchLine:
 
     custom_id: str
     path: str
-    body: dict[str, object]
+    body: Mapping[str, object]
 
 
 def read_lines(path: Path) -> Iterator[BatchLine]:
@@ -68,6 +69,33 @@ def answered(path: Path) -> set[str]:
     return names
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """status: of HTTP. line: as it stands in the file of answers."""
+
+    status: int
+    line: str
+
+
+@asynccontextmanager
+async def answering(service: Service) -> AsyncIterator[Callable[[BatchLine], Awaitable[Answered]]]:
+    """A function that answers one request, as long as the context lasts. Raises what the warm-up raised."""
+    app = build_app(service)
+    transport = httpx2.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx2.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client,
+    ):
+        await service.warmed.wait()
+        if service.failure is not None:
+            raise service.failure
+
+        async def answer(line: BatchLine) -> Answered:
+            return _answer(line, await client.post(line.path, json=line.body))
+
+        yield answer
+
+
 async def run_batch(
     service: Service,
     lines: Iterator[BatchLine],
@@ -79,27 +107,19 @@ async def run_batch(
 ) -> int:
     """Answers all lines, `at_once` together; the number of refusals and failures. told: the status of each answer as it
     is written. stopped: asked before each line; those under way are answered still. Raises what the warm-up raised."""
-    app = build_app(service)
-    transport = httpx2.ASGITransport(app=app)
     failed = 0
-    async with (
-        app.router.lifespan_context(app),
-        httpx2.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client,
-    ):
-        await service.warmed.wait()
-        if service.failure is not None:
-            raise service.failure
+    async with answering(service) as answer:
 
         async def work() -> None:
             nonlocal failed
             for line in lines:
                 if stopped():
                     return
-                answer = await client.post(line.path, json=line.body)
-                failed += answer.status_code >= 400
-                out.write(json.dumps(_answer(line, answer), ensure_ascii=False) + "\n")
+                answered = await answer(line)
+                failed += answered.status >= 400
+                out.write(answered.line + "\n")
                 out.flush()
-                told(answer.status_code)
+                told(answered.status)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):
@@ -107,10 +127,11 @@ async def run_batch(
     return failed
 
 
-def _answer(line: BatchLine, answer: httpx2.Response) -> dict[str, object]:
+def _answer(line: BatchLine, answer: httpx2.Response) -> Answered:
     body = answer.json()
     response = {"status_code": answer.status_code, "request_id": str(body.get("id") or ""), "body": body}
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": None}
+    row = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": None}
+    return Answered(status=answer.status_code, line=json.dumps(row, ensure_ascii=False))
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 The front end is where it always is. Over Ray goes a start order, an address with a token of one use, and at the end an
 exit status; the engine's process connects to that address, and from there on both speak as on one machine (`wire`). So
 no prompt and no answer passes through Ray, which pickles what it carries. Frames are not encrypted between machines: a
-cluster's network is trusted, as Ray itself trusts it. The one module that imports Ray.
+cluster's network is trusted, as Ray itself trusts it.
 """
 
 import logging
@@ -53,11 +53,8 @@ class Cluster:
     """
 
     def __init__(self, *, engines: int, processes: int = 1, on_gpus: bool = True):
-        try:
-            ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
-        except Exception as error:  # Ray has no kind of its own for a cluster that does not start
-            raise BackendError(f"no Ray cluster can be had ({error}): check RAY_ADDRESS, or leave --ray out") from error
-        self._room = _room(engines, processes, on_gpus=on_gpus)
+        join()
+        self._room = room(engines, processes, on_gpus=on_gpus)
         self._lock = threading.Lock()
         self._expected: dict[bytes, Future[socket.socket]] = {}
         self._listening = socket.create_server((ray.util.get_node_ip_address(), 0))
@@ -145,7 +142,15 @@ class RayChild(Child):
         self.connection.hang_up()
 
 
-def _room(engines: int, processes: int, *, on_gpus: bool) -> dict[str, float]:
+def join() -> None:
+    """From now on this process belongs to a cluster. BackendError where none answers or starts."""
+    try:
+        ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
+    except Exception as error:  # Ray has no kind of its own for a cluster that does not start
+        raise BackendError(f"no Ray cluster can be had ({error}): check RAY_ADDRESS, or leave --ray out") from error
+
+
+def room(engines: int, processes: int, *, on_gpus: bool) -> dict[str, float]:
     """What Ray is to keep for each engine. Of CPUs an even share, at most what one machine has."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if on_gpus and any(machine.get("GPU", 0) for machine in machines):

@@ -113,7 +113,7 @@ def test_an_engine_that_cannot_connect_is_not_taken_for_want_of_room(
 def test_what_ray_is_to_keep_for_an_engine(
     machine: dict[str, float], engines: int, on_gpus: bool, kept: dict[str, float], hosts: Hosts
 ) -> None:
-    assert hosts(**machine)._room(engines, 2, on_gpus=on_gpus) == kept
+    assert hosts(**machine).room(engines, 2, on_gpus=on_gpus) == kept
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own threads and sockets end when they like
