@@ -1,4 +1,4 @@
-"""What common clients make of a running server: litellm, langchain-openai and llm, each as its own documents use it.
+"""What common clients make of a running server, each as its own documents use it.
 
     python benchmarks/client_checks.py http://127.0.0.1:8000 NAME
 
@@ -44,6 +44,116 @@ def raises(kinds: type[Exception] | tuple[type[Exception], ...], call: Callable[
     else:
         raise AssertionError("nothing was raised")
     assert all(word in told for word in words), told
+
+
+def openai_checks(address: str, model: str) -> Checks:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    plain = {"thinking": {"type": "disabled"}}
+
+    def ask(**more: Any) -> Any:
+        settings = {"messages": ASK, "max_tokens": 12, "extra_body": plain, **more}
+        return client.chat.completions.create(model=model, **settings)
+
+    def whole_and_stream() -> None:
+        whole = ask(seed=1)
+        chunks = list(ask(seed=1, stream=True, stream_options={"include_usage": True}))
+        text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 12
+
+    def tools() -> None:
+        asked = {"tools": [TOOL], "tool_choice": "required", "max_tokens": ROOM}
+        is_pick(ask(**asked).choices[0].message.tool_calls[0].function.arguments)
+        deltas = [choice.delta for chunk in ask(**asked, stream=True) for choice in chunk.choices]
+        pieces = [piece for delta in deltas for piece in delta.tool_calls or []]
+        is_pick("".join(piece.function.arguments or "" for piece in pieces if piece.index == 0))
+
+    def form() -> None:
+        is_pick(ask(response_format=FORM, max_tokens=ROOM).choices[0].message.content)
+        settings = {"messages": ASK, "max_tokens": ROOM, "extra_body": plain, "response_format": FORM}
+        with client.chat.completions.stream(model=model, **settings) as stream:
+            is_pick(stream.get_final_completion().choices[0].message.content)
+
+    def responses() -> None:
+        whole = client.responses.create(model=model, input="It is a truth", max_output_tokens=16)
+        assert whole.usage.output_tokens > 0
+        after = client.responses.create(
+            model=model, input="and?", max_output_tokens=16, previous_response_id=whole.id, stream=True
+        )
+        kinds = [event.type for event in after]
+        assert kinds[0] == "response.created", kinds
+        assert kinds[-1] in ("response.completed", "response.incomplete"), kinds
+
+    def completions() -> None:
+        whole = client.completions.create(model=model, prompt="It is", max_tokens=6, echo=True, logprobs=2)
+        assert whole.choices[0].text.startswith("It is")
+        assert len(whole.choices[0].logprobs.tokens) == whole.usage.total_tokens
+
+    def errors() -> None:
+        raises(openai.BadRequestError, lambda: ask(temperature=7), "temperature")
+        raises(openai.BadRequestError, lambda: ask(messages=LONG), "maximum context length")
+        raises(openai.NotFoundError, lambda: client.models.retrieve("another"))
+        assert model in [one.id for one in client.models.list()]
+
+    yield "whole and streamed", whole_and_stream
+    yield "tools", tools
+    yield "structured output", form
+    yield "responses", responses
+    yield "completions", completions
+    yield "errors", errors
+
+
+def anthropic_checks(address: str, model: str) -> Checks:
+    import anthropic
+
+    client = anthropic.Anthropic(base_url=address, api_key="none", max_retries=0)
+
+    def ask(**more: Any) -> Any:
+        return client.messages.create(**{"model": model, "messages": ASK, "max_tokens": 12, **more})
+
+    def whole_and_stream() -> None:
+        whole = ask()
+        assert whole.usage.output_tokens > 0
+        with client.messages.stream(model=model, messages=ASK, max_tokens=12) as stream:
+            text = "".join(stream.text_stream)
+            final = stream.get_final_message()
+        assert text == "".join(block.text for block in final.content if block.type == "text")
+        assert final.stop_reason in ("max_tokens", "end_turn")
+
+    def thoughts() -> None:
+        thinking = {"type": "enabled", "budget_tokens": 1024}
+        kinds = [block.type for block in ask(thinking=thinking, max_tokens=1100).content]
+        assert kinds[0] == "thinking", kinds
+
+    def tools() -> None:
+        tool = {"name": "paint", "description": "Paints.", "input_schema": PICK}
+        asked = {"tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": ROOM}
+        called = [block for block in ask(**asked).content if block.type == "tool_use"]
+        is_pick(called[0].input)
+        with client.messages.stream(model=model, messages=ASK, **asked) as stream:
+            streamed = [block for block in stream.get_final_message().content if block.type == "tool_use"]
+        is_pick(streamed[0].input)
+        result = {"type": "tool_result", "tool_use_id": called[0].id, "content": "done"}
+        turn = [*ASK, {"role": "assistant", "content": called[:1]}, {"role": "user", "content": [result]}]
+        assert ask(messages=turn, tools=[tool]).usage.output_tokens > 0
+
+    def counted() -> None:
+        tokens = client.messages.count_tokens(model=model, messages=ASK).input_tokens
+        usage = ask().usage
+        assert tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+    def errors() -> None:
+        raises(anthropic.BadRequestError, lambda: ask(temperature=7), "temperature")
+        raises(anthropic.BadRequestError, lambda: ask(messages=LONG))
+        raises(anthropic.NotFoundError, lambda: ask(model="another"))
+
+    yield "whole and streamed", whole_and_stream
+    yield "thoughts", thoughts
+    yield "tools", tools
+    yield "tokens counted", counted
+    yield "errors", errors
 
 
 def litellm_checks(address: str, model: str) -> Checks:
@@ -235,7 +345,13 @@ def llm_checks(address: str, model: str) -> Checks:
     yield "errors", errors
 
 
-CLIENTS = {"litellm": litellm_checks, "langchain-openai": langchain_checks, "llm": llm_checks}
+CLIENTS = {
+    "openai": openai_checks,
+    "anthropic": anthropic_checks,
+    "litellm": litellm_checks,
+    "langchain-openai": langchain_checks,
+    "llm": llm_checks,
+}
 
 
 def main() -> int:

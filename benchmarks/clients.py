@@ -1,6 +1,6 @@
-"""Whether common clients work unchanged: litellm, langchain-openai and llm against a real `daedal serve`.
+"""Whether common clients work unchanged: openai, anthropic, litellm, langchain-openai, llm and a real `daedal serve`.
 
-    python -m venv CLIENTS && CLIENTS/bin/pip install litellm mcp langchain-openai llm
+    python -m venv CLIENTS && CLIENTS/bin/pip install openai anthropic litellm mcp langchain-openai llm
     python -m tests.serve.deepseek DIR --format deepseek-v3.2     # a small random model that thinks and calls tools
     python benchmarks/clients.py DIR --python CLIENTS/bin/python --chat-format deepseek-v3.2
 
