@@ -16,8 +16,8 @@ import ray
 import ray.data
 
 from daedal.serve.batch import Answered, BatchLine, answering
-from daedal.serve.workers.ray_hosts import join, room
 from daedal.serve.state.service import Service
+from daedal.serve.workers.ray_hosts import join, room
 
 Result = TypeVar("Result")
 

@@ -22,8 +22,8 @@ from daedal.cli.engine import Wish
 from daedal.cli.opening import Limits
 from daedal.cli.tariff import Rates
 from daedal.serve.batch import BatchLine
-from tests.serve.workers import ray_stand_in
 from tests.serve.test_batch import LINES
+from tests.serve.workers import ray_stand_in
 
 MODULES = ("daedal.serve.workers.ray_hosts", "daedal.serve.ray_data")
 
