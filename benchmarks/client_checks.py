@@ -145,7 +145,7 @@ def anthropic_checks(address: str, model: str) -> Checks:
         assert tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
     def errors() -> None:
-        raises(anthropic.BadRequestError, lambda: ask(temperature=7), "temperature")
+        raises(anthropic.BadRequestError, lambda: ask(extra_body={"temperature": 7}), "temperature")
         raises(anthropic.BadRequestError, lambda: ask(messages=LONG))
         raises(anthropic.NotFoundError, lambda: ask(model="another"))
 
