@@ -129,7 +129,8 @@ def anthropic_checks(address: str, model: str) -> Checks:
 
     def tools() -> None:
         tool = {"name": "paint", "description": "Paints.", "input_schema": PICK}
-        asked = {"tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": ROOM}
+        plain = {"thinking": {"type": "disabled"}}  # random weights would think to the end of the room
+        asked = {"tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": ROOM, **plain}
         called = [block for block in ask(**asked).content if block.type == "tool_use"]
         is_pick(called[0].input)
         with client.messages.stream(model=model, messages=ASK, **asked) as stream:
