@@ -11,7 +11,6 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.ops import silicon
-from daedal.ops.backends.triton.launch import stretches
 from daedal.ops.backends.triton.supports import BACKEND, INTERPRETED, PREDICATES
 from daedal.ops.registry import REFERENCE
 from tests.ops.triton_run import (
@@ -37,6 +36,7 @@ def narrow() -> Iterator[None]:
 
 
 def test_stretches_hold_what_one_start_may_have() -> None:
+    stretches = pytest.importorskip("daedal.ops.backends.triton.launch").stretches
     cut = list(stretches(10, 4, DEVICE))
     assert [(part.start, part.stop) for part in cut] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert len(list(stretches(10, 4, DEVICE, most=2))) == 5
