@@ -107,11 +107,17 @@ def test_experts_of_a_student_are_fitted_to_the_student(tmp_path: Path, source: 
         reports = list(conversion.run(ROUTER))
         assert [report.stage for report in reports] == ["split", ROUTER]
         ratios.append([report.quality.ratio for report in reports if report.quality is not None])
-    assert ratios[0] == pytest.approx(ratios[1], rel=1e-2)
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-6)
 
 
 def _doubled(student: Path, target: Path) -> Path:
+    """All by powers of two, and what norms add to squares by their square: the same numbers but for exponents, so that
+    no choice between near equals falls another way.
+    """
     shutil.copytree(student, target)
+    config = json.loads((target / "config.json").read_text())
+    config["rms_norm_eps"] *= 4
+    (target / "config.json").write_text(json.dumps(config))
     tensors = load_file(student / "model.safetensors")
     larger = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
     for name, tensor in tensors.items():

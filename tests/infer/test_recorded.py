@@ -3,7 +3,8 @@ family, across borders of pages, windows, groups and entries, as sequences join,
 cannot be recorded says why.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ pytestmark = needs_kernels
 
 # Experts on native kernels are a multiple of 16 wide.
 WIDE_EXPERTS = {"moe_intermediate_size": 32}
+NO_BIAS: Mapping[int, float] = MappingProxyType({})
 Arrivals = Sequence[tuple[int, int, int]]  # of each request: the step before which it comes, its prompt, its answer
 
 
@@ -73,15 +75,17 @@ class Watched:
         self.logits.append(logits.tensor.clone())
         return logits, states
 
-    def generate(self, arrivals: Arrivals) -> dict[str, list[int]]:
-        """The ids of every answer, by request."""
+    def generate(self, arrivals: Arrivals, bias: Mapping[int, float] = NO_BIAS) -> dict[str, list[int]]:
+        """The ids of every answer, by request. bias: tokens that the first request wants more."""
         answers: dict[str, list[int]] = {}
         clock = 0
         while self.engine.has_work or clock <= max(time for time, _, _ in arrivals):
             for index, (time, length, most) in enumerate(arrivals):
                 if time == clock:
                     ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(index)).tolist()
-                    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
+                    params = SamplingParams(
+                        temperature=0.0, max_tokens=most, ignore_eos=True, logit_bias=NO_BIAS if index else bias
+                    )
                     self.engine.add(Request(id=str(index), prompt=tuple(ids), params=params))
             for output in self.engine.step():
                 answers.setdefault(output.request_id, []).extend(output.ids)
@@ -90,10 +94,12 @@ class Watched:
         return answers
 
 
-def _equal(make: Callable[[], Engine], arrivals: Arrivals) -> tuple[Watched, Watched]:
+def _equal(
+    make: Callable[[], Engine], arrivals: Arrivals, bias: Mapping[int, float] = NO_BIAS
+) -> tuple[Watched, Watched]:
     """Two engines, one of which records, after the same steps with the same results."""
     recording, plain = Watched(make(), records=True), Watched(make(), records=False)
-    assert recording.generate(arrivals) == plain.generate(arrivals)
+    assert recording.generate(arrivals, bias) == plain.generate(arrivals, bias)
     assert recording.recorded.refusal is None
     assert not plain.recorded._steps
     assert recording.sizes == plain.sizes
@@ -165,10 +171,14 @@ def test_what_cannot_be_recorded_is_named(packed: Callable[[str, str], Transform
 
 
 def test_a_draft_is_checked_between_replayed_steps(packed: Callable[[str, str], Transformer]) -> None:
-    """Steps of several tokens a sequence and of one take turns on the same rings."""
+    """Steps of several tokens a sequence and of one take turns on the same rings. Where there are four tokens to choose
+    from, they soon come in an order that was there before.
+    """
     model = packed("deepseek_v4", "int8")
     speculate = Speculation(method="lookup", draft_tokens=4)
-    arrivals = [(0, 30, 60), (3, 9, 40)]
-    recording, _ = _equal(lambda: poisoned(Engine(model, page_size=128, max_batch=2, speculate=speculate)), arrivals)
+    arrivals, bias = [(0, 30, 30), (3, 9, 60)], dict.fromkeys(range(5, 9), 100.0)
+    recording, _ = _equal(
+        lambda: poisoned(Engine(model, page_size=128, max_batch=2, speculate=speculate)), arrivals, bias
+    )
     assert recording.replayed > 5
     assert recording.engine.stats().num_drafted_total > 0

@@ -10,12 +10,12 @@ import pytest
 from daedal.checkpoint.load import load
 from daedal.errors import ConfigError
 from daedal.infer.engine import Engine
-from daedal.infer.request import Request
+from daedal.infer.request import Output, Request
 from daedal.serve.state.course import Course
 from daedal.serve.state.errors import MOST_WAIT
 from daedal.serve.state.keys import Keys
 from daedal.text.tokenizer import Tokenizer
-from tests.serve.live import ScriptedEngine, real_service, scripted_service, serving
+from tests.serve.live import ScriptedEngine, scripted_service, serving
 from tests.serve.state.test_keys import bearer, key
 
 TURN = [{"role": "user", "content": "hi"}]
@@ -68,8 +68,21 @@ def test_a_key_may_not_have_every_priority() -> None:
             key("ann", priority=priority)
 
 
+class Unhurried(Engine):
+    """Takes its time for a step until all have asked: none is answered before the last has come."""
+
+    asked: threading.Event
+
+    def step(self) -> list[Output]:
+        self.asked.wait(0.05)
+        return super().step()
+
+
 def test_the_more_urgent_is_answered_first(checkpoint: Path) -> None:
-    service = real_service(checkpoint, max_batch=1)
+    tokenizer = Tokenizer.load(checkpoint)
+    engine = Unhurried(load(checkpoint), tokenizer=tokenizer, max_batch=1)
+    engine.asked = threading.Event()
+    service = scripted_service(checkpoint, engine)  # type: ignore[arg-type]
     ended: list[Course] = []
     service.followers = (ended.append,)
 
@@ -86,7 +99,9 @@ def test_the_more_urgent_is_answered_first(checkpoint: Path) -> None:
             for place, priority in enumerate((5, 0, -5, 0), 1):
                 asking.append(pool.submit(ask, http, priority))
                 while service.worker.stats().num_waiting < place:
+                    assert not asking[-1].done()
                     threading.Event().wait(0.002)
+            engine.asked.set()
         assert [one.result() for one in asking] == [200] * 4
         text = http.get("/metrics").text
     assert [course.priority for course in ended] == [-100, -5, 0, 0, 5]
