@@ -323,6 +323,7 @@ def _run_all(say: Callable[[str, str | None], None]) -> None:
                     results = found if isinstance(found, tuple) else (found,)
                     told = [tuple(x.shape) for x in results], tuple(x.dtype for x in results)
                     wrong = None if told == (case.shapes, case.types) else f"came back as {told}"
+                # A call that breaks its declaration, or has no function of shapes: said, and the run fails by it.
                 except (RuntimeError, NotImplementedError, TypeError) as error:
                     wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 say(f"{chip}: {case.name}", wrong)

@@ -25,7 +25,6 @@ from daedal.cli.opening import (
     FormatOption,
     KvCacheOption,
     Limits,
-    open_model,
     say,
 )
 from daedal.cli.placement import Placement
@@ -105,16 +104,7 @@ def _service(options: "Mapping[str, Any]") -> "Service":
     from daedal.serve.workers.thread_worker import ThreadWorker
 
     wish = Wish.read(options)
-    opened = open_model(
-        wish.model,
-        device=wish.device,
-        dtype=wish.dtype,
-        weights=wish.weights,
-        limits=wish.limits,
-        chat_format=wish.chat_format,
-        drafting=wish.drafting,
-        placement=wish.placement,
-    )
+    opened = wish.open()
     return Service(
         worker=ThreadWorker(opened.engine),
         tokenizer=opened.tokenizer,

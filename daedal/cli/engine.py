@@ -21,6 +21,7 @@ from daedal.cli.units import in_bytes
 from daedal.cli.weights import WeightsName
 
 if TYPE_CHECKING:
+    from daedal.cost.spending import Tariff
     from daedal.serve.workers.engine_host import Hosted
 
 COMMAND = (sys.executable, "-P", "-m", "daedal.cli.engine")
@@ -54,6 +55,21 @@ class Wish:
         from pydantic import TypeAdapter
 
         return TypeAdapter(cls).validate_python(options)
+
+    def open(self, tariff: "Tariff | None" = None) -> Opened:
+        """The model as it is wished for. tariff: what its requests are charged by."""
+        return open_model(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            weights=self.weights,
+            limits=self.limits,
+            chat_format=self.chat_format,
+            drafting=self.drafting,
+            tariff=tariff,
+            placement=self.placement,
+            log_format=self.log_format,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +107,7 @@ def _make(options: Mapping[str, Any]) -> "Hosted":
     wish = Wish.read(options)
     use(wish.log_format)
     on_cpu = resolve_device(wish.device).type == "cpu"
-    opened = open_model(
-        wish.model,
-        device=wish.device,
-        dtype=wish.dtype,
-        weights=wish.weights,
-        limits=wish.limits,
-        chat_format=wish.chat_format,
-        drafting=wish.drafting,
-        tariff=wish.rates.tariff(on_cpu=on_cpu, processes=wish.placement.ranks),
-        placement=wish.placement,
-        log_format=wish.log_format,
-    )
+    opened = wish.open(wish.rates.tariff(on_cpu=on_cpu, processes=wish.placement.ranks))
     _tell(opened, wish.limits.max_batch)
     facts = Facts(
         name=opened.name,

@@ -166,8 +166,8 @@ class Output:
     string or id, is not part of it. lengths: characters of the text that came out with each id. Given once, with the
     first output: prompt_logprobs, one entry per prompt token, the first None; num_cached, the prompt's tokens that were
     not computed, because an earlier request had begun alike; waited, seconds from its coming until it first started.
-    With the last one come stop, the stop string that ended it,
-    if one did, and spent, where the engine has a tariff: what the whole request has cost.
+    With the last one come stop, the stop string that ended it, if one did, and spent, where the engine has a tariff:
+    what the whole request has cost.
     """
 
     request_id: str

@@ -5,7 +5,7 @@ pages of a cache, as in serving. Kernels that walk pages themselves take `PagedR
 layers or schedulers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -205,6 +205,17 @@ class PagedRows:
 
 
 Rows = FlatRows | PagedRows
+
+
+def staying(
+    starts: Sequence[int], pasts: Sequence[int], states: Sequence[int], size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Which tokens of a ragged batch are kept in rings of `size` rows, the last ones of each sequence: number in the
+    batch, position in the sequence, and ring, of each.
+    """
+    for (start, end), past, state in zip(pairwise(starts), pasts, states, strict=True):
+        for token in range(max(end - size, start), end):
+            yield token, past + token - start, state
 
 
 def _side_by_side(parts: list[Tensor]) -> FlatRows:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daedal.ops.backends.aten import BACKEND, rms_norm, rotary
 from daedal.ops.registry import REGISTRY
-from daedal.ops.rows import PagedRows, page_table
+from daedal.ops.rows import PagedRows, page_table, staying
 
 Numbers = tuple[int, ...]
 
@@ -32,10 +32,9 @@ def _kept(starts: Numbers, pasts: Numbers, states: Numbers, size: int, device: t
     """Which tokens are kept, and as which rows of all rings."""
     source: list[int] = []
     target: list[int] = []
-    for (start, end), past, state in zip(pairwise(starts), pasts, states, strict=True):
-        tokens = range(max(end - size, start), end)
-        source.extend(tokens)
-        target.extend(state * size + (past + token - start) % size for token in tokens)
+    for token, position, state in staying(starts, pasts, states, size):
+        source.append(token)
+        target.append(state * size + position % size)
     return _indices(source).to(device), _indices(target).to(device)
 
 

@@ -1,10 +1,9 @@
 // A few rows of activations times panels of packed weights: the arithmetic of decoding, bound by how fast weights
 // stream from memory. Integer formats are summed as integers group by group (VNNI), each group's sum then enters a
-// float32 sum; bf16 and fp8 are summed in float32 from bfloat16 products. Other levels than AVX-512: `products.h`. The order of every sum is fixed: it depends
-// neither on the number of rows nor on who computes them. Included inside each level's namespace.
+// float32 sum; bf16 and fp8 are summed in float32 from bfloat16 products. Other levels than AVX-512:
+// `products.h`. The order of every sum is fixed: it depends neither on the number of rows nor on who computes them.
+// Included inside each level's namespace.
 #pragma once
-
-// `N` rows by one panel: result[n] holds the products with its 16 rows. Compiled once for each N.
 
 // So far ahead a line is asked for: streams start anew on each page, and prefetchers with them. Into the second cache, as
 // the nearest can wait for fewer lines at a time than memory could send.
@@ -160,6 +159,7 @@ inline void real_products(const Matrix<F>& matrix, const Panel& panel, const uin
     for (int n = 0; n < N; ++n) result[n] = F == Format::FP8 ? total[n] : (F16)even[n] + (F16)odd[n];
 }
 
+// `N` rows by one panel: result[n] holds the products with its 16 rows. Compiled once for each N.
 template <Format F, int N>
 __attribute__((noinline)) void products(const Matrix<F>& matrix, const Panel& panel, const uint8_t* const* rows,
                                         F16* result) {

@@ -59,93 +59,51 @@ class Operation:
     open: bool = False
 
 
+def _generates(path: str, says: str, answer: str, body: type[BaseModel], *, named_events: bool = False) -> Operation:
+    """What a model answers, whole or as it comes."""
+    return Operation(
+        method="post",
+        path=path,
+        says=says,
+        answer=answer,
+        body=(body,),
+        refusals=_GENERATING,
+        streams=True,
+        named_events=named_events,
+    )
+
+
+def _reads(path: str, says: str, answer: str, *body: type[BaseModel]) -> Operation:
+    """What is known of a body without a model."""
+    return Operation(method="post", path=path, says=says, answer=answer, body=body, refusals=_READING)
+
+
+def _stored(method: str, path: str, says: str, answer: str) -> Operation:
+    """What goes by a name that there may not be."""
+    return Operation(method=method, path=path, says=says, answer=answer, refusals=(404,))
+
+
 OPERATIONS = (
     Operation(method="get", path="/v1/models", says="The model that is served.", answer="Models"),
-    Operation(
-        method="get",
-        path="/v1/models/{name}",
-        says="The model of this name.",
-        answer="Model",
-        refusals=(404,),
+    _stored("get", "/v1/models/{name}", "The model of this name.", "Model"),
+    _generates("/v1/chat/completions", "The assistant's next turn.", "ChatCompletion", ChatBody),
+    _generates("/v1/completions", "Continuations of texts or token ids.", "Completion", CompletionBody),
+    _generates(
+        "/v1/responses", "A response, stored unless `store` is false.", "Response", ResponsesBody, named_events=True
     ),
-    Operation(
-        method="post",
-        path="/v1/chat/completions",
-        says="The assistant's next turn.",
-        answer="ChatCompletion",
-        body=(ChatBody,),
-        refusals=_GENERATING,
-        streams=True,
-    ),
-    Operation(
-        method="post",
-        path="/v1/completions",
-        says="Continuations of texts or token ids.",
-        answer="Completion",
-        body=(CompletionBody,),
-        refusals=_GENERATING,
-        streams=True,
-    ),
-    Operation(
-        method="post",
-        path="/v1/responses",
-        says="A response, stored unless `store` is false.",
-        answer="Response",
-        body=(ResponsesBody,),
-        refusals=_GENERATING,
-        streams=True,
+    _reads("/v1/responses/input_tokens", "How many tokens a request has.", "InputTokens", ResponsesBody),
+    _stored("get", "/v1/responses/{name}", "A stored response.", "Response"),
+    _stored("delete", "/v1/responses/{name}", "Forgets a stored response.", "DeletedResponse"),
+    _generates(
+        "/v1/messages",
+        "The assistant's next turn, as Anthropic's Messages.",
+        "MessagesAnswer",
+        MessagesBody,
         named_events=True,
     ),
-    Operation(
-        method="post",
-        path="/v1/responses/input_tokens",
-        says="How many tokens a request has.",
-        answer="InputTokens",
-        body=(ResponsesBody,),
-        refusals=_READING,
-    ),
-    Operation(method="get", path="/v1/responses/{name}", says="A stored response.", answer="Response", refusals=(404,)),
-    Operation(
-        method="delete",
-        path="/v1/responses/{name}",
-        says="Forgets a stored response.",
-        answer="DeletedResponse",
-        refusals=(404,),
-    ),
-    Operation(
-        method="post",
-        path="/v1/messages",
-        says="The assistant's next turn, as Anthropic's Messages.",
-        answer="MessagesAnswer",
-        body=(MessagesBody,),
-        refusals=_GENERATING,
-        streams=True,
-        named_events=True,
-    ),
-    Operation(
-        method="post",
-        path="/v1/messages/count_tokens",
-        says="How many tokens a conversation has.",
-        answer="MessagesCount",
-        body=(CountBody,),
-        refusals=_READING,
-    ),
-    Operation(
-        method="post",
-        path="/tokenize",
-        says="The tokens of a text or of a conversation.",
-        answer="Tokens",
-        body=(TextBody, ChatBody),
-        refusals=_READING,
-    ),
-    Operation(
-        method="post",
-        path="/detokenize",
-        says="The text of tokens.",
-        answer="Text",
-        body=(IdsBody,),
-        refusals=_READING,
-    ),
+    _reads("/v1/messages/count_tokens", "How many tokens a conversation has.", "MessagesCount", CountBody),
+    _reads("/tokenize", "The tokens of a text or of a conversation.", "Tokens", TextBody, ChatBody),
+    _reads("/detokenize", "The text of tokens.", "Text", IdsBody),
     Operation(method="get", path="/health", says="Whether the server lives.", answer="Health", also=(503,), open=True),
     Operation(method="get", path="/ready", says="Whether it takes requests.", answer="Ready", also=(503,), open=True),
     Operation(method="get", path="/metrics", says="Counters for Prometheus.", answer="", kind="text/plain"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -108,4 +109,5 @@ def wait_until(address: str, condition: object) -> dict:
             stats = client.get(f"{address}/stats").json()
             if condition(stats):
                 return stats
+            time.sleep(0.005)
     raise AssertionError(f"never came to hold: {stats}")

@@ -17,7 +17,7 @@ from daedal.ops.backends.triton.launch import block_of, on_device, sent, stretch
 from daedal.ops.backends.triton.located import page_table
 from daedal.ops.backends.triton.supports import BACKEND
 from daedal.ops.registry import REGISTRY
-from daedal.ops.rows import PagedRows
+from daedal.ops.rows import PagedRows, staying
 
 _COLUMNS = 1024
 
@@ -76,9 +76,6 @@ def _groups(starts: Numbers, pasts: Numbers, rate: int, device: torch.device) ->
 @lru_cache(maxsize=8)
 def _kept(starts: Numbers, pasts: Numbers, states: Numbers, rate: int, size: int, device: torch.device) -> Tensor:
     """[N, 4] int32: of each token that stays its number, its place in its group, its ring and its row in that."""
-    rows: list[tuple[int, int, int, int]] = []
-    for (start, end), past, state in zip(pairwise(starts), pasts, states, strict=True):
-        for token in range(max(end - size, start), end):
-            position = past + token - start
-            rows.append((token, position % rate, state, position % size))
+    found = staying(starts, pasts, states, size)
+    rows = [(token, position % rate, state, position % size) for token, position, state in found]
     return sent(torch.tensor(rows, dtype=torch.int32).view(-1, 4), device)
