@@ -3,6 +3,7 @@
 Says on stderr what it chose and why. Knows nothing of how the engine is then used.
 """
 
+import gc
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,6 +175,7 @@ def open_model(
         prefix_directory=limits.beginnings.kept(directory, chosen.format, drafting.directory),
         tariff=tariff,
     )
+    leave_to_stay()
     return Opened(
         name=display_name(name),
         directory=directory,
@@ -183,6 +185,14 @@ def open_model(
         chat_format=format,
         without_chat=without_chat,
     )
+
+
+def leave_to_stay() -> None:
+    """What there is now stays while the process does: the garbage collector, which else goes through all of it again
+    and again, a fiftieth of the time of small models' steps, leaves it alone.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _settled(

@@ -25,6 +25,7 @@ from daedal.cli.opening import (
     KvCacheOption,
     Limits,
     ModelArgument,
+    leave_to_stay,
     say,
 )
 from daedal.cli.placement import Placement, RanksOption, RayOption, ReplicasOption
@@ -184,6 +185,7 @@ def _serve(wish: Wish, offer: Offer) -> int:
             service = _service(worker, wish, offer, known)
             if tracing is not None:
                 service.followers, service.layers = (tracing.follow,), (tracing.layer,)
+            leave_to_stay()
             run(service, sock, drain_seconds=offer.seconds.drain)
         except (EngineLost, GenerationFailed, WorkerStopped) as error:
             say(f"daedal: {error}")

@@ -116,8 +116,9 @@ class _Recorded:
         )
         self._program = ops.Program()
         with ops.trace(self._program, self._inputs()):
-            logits_BV = model(batch, PagedView(cache=cache, places=places))
-        self.logits = Logits(logits_BV)
+            logits_BV = model(batch, PagedView(cache=cache, places=places)).float()
+            values_B, places_B = logits_BV.max(dim=-1)
+        self.logits = Logits(logits_BV, peaks=(values_B, places_B))
 
     def replay(self, chunks: Sequence[Chunk]) -> Logits:
         self._fill(chunks)

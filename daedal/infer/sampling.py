@@ -24,13 +24,15 @@ class Logits:
     """Rows of logits in float32, and on a CPU the same memory as NumPy sees it.
 
     Recorded steps make it once and fill its memory again and again: between two steps, which sweep the processor's
-    caches, a first call into PyTorch takes longer than the search for a maximum.
+    caches, a first call into PyTorch takes longer than the search for a maximum. peaks: memory of the rows' maxima and
+    of their places, as `Tensor.max` gives them, filled together with the logits.
     """
 
-    def __init__(self, logits_NV: Tensor):
+    def __init__(self, logits_NV: Tensor, *, peaks: tuple[Tensor, Tensor] | None = None):
         self.tensor = logits_NV.float()
         self._seen_NV: Array | None = self.tensor.numpy() if self.tensor.device.type == "cpu" else None
         self._num_rows = len(self.tensor)
+        self._peaks: tuple[Array, Array] | None = None if peaks is None else (peaks[0].numpy(), peaks[1].numpy())
 
     def __len__(self) -> int:
         return self._num_rows
@@ -46,6 +48,9 @@ class Logits:
 
     def peaks(self) -> tuple[list[int], list[float]]:
         """The place of each row's maximum, of equals the first, and the maximum; NaN where there is one."""
+        if self._peaks is not None:
+            peaks_N, at_N = self._peaks
+            return at_N.tolist(), peaks_N.tolist()
         if self._seen_NV is None:
             values_N, places_N = self.tensor.max(dim=-1)
             return places_N.tolist(), values_N.tolist()

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from daedal.errors import ConfigError
 from daedal.ops.narrow_factors import narrow_factors
+from daedal.ops.softmaxes import target_surplus
 from daedal.train.batches import IGNORED
 
 
@@ -44,8 +45,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with narrow_factors(hidden_TD.device) if narrow else nullcontext():
             for first in range(0, states_tD.shape[0], chunk):
                 places = slice(first, first + chunk)
-                nats, surplus_tV = _surplus(states_tD[places] @ wide_VD.T, wanted_t[places])
-                loss += nats
+                nats_t, surplus_tV = target_surplus(states_tD[places] @ wide_VD.T, wanted_t[places])
+                loss += nats_t.sum()
                 if grad_tD is not None:
                     grad_tD[places] = surplus_tV @ wide_VD
                 if grad_VD is not None:
@@ -63,14 +64,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = (None if kept is None else (kept.to(grad.dtype) * grad).to(kept.dtype) for kept in ctx.saved_tensors)
         grad_TD, grad_VD = scaled
         return grad_TD, grad_VD, None, None
-
-
-def _surplus(logits_tV: Tensor, wanted_t: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of -log p(target), probabilities less one at the targets); overwrites the logits."""
-    target_t1 = logits_tV.gather(1, wanted_t[:, None])
-    peak_t1 = logits_tV.amax(-1, keepdim=True)
-    shares_tV = logits_tV.sub_(peak_t1).exp_()
-    total_t1 = shares_tV.sum(-1, keepdim=True)
-    nats = (peak_t1 - target_t1 + total_t1.log()).sum()
-    shares_tV.div_(total_t1)
-    return nats, shares_tV.scatter_add_(1, wanted_t[:, None], torch.full_like(target_t1, -1.0))

@@ -108,3 +108,33 @@ def test_what_depends_on_no_input_is_computed_once() -> None:
     x_TD.copy_(torch.ones(2, 8))
     program.replay()
     torch.testing.assert_close(result, constant.expand(2, 8))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 33, 1000])
+def test_recorded_maxima_are_where_numpy_finds_them(columns: int) -> None:
+    """Of equals the first, of numbers and NaN the first NaN; on one thread and more, and again when numbers change."""
+    nan, inf = float("nan"), float("inf")
+    rows: list[Tensor] = [
+        torch.randn(columns),
+        torch.zeros(columns),
+        torch.full((columns,), -inf),
+        torch.randn(columns),
+    ]
+    rows[3][columns // 2], rows[3][-1] = nan, nan
+    found_NV = torch.stack([*rows, torch.randn(columns).round()])
+    x_NV, program = torch.zeros_like(found_NV), Program()
+    with trace(program, [x_NV]):
+        values_N, places_N = x_NV.max(dim=-1)
+    for row_NV in (found_NV, found_NV.flip(0), found_NV.flip(1)):
+        x_NV.copy_(row_NV)
+        program.replay()
+        wanted_N = torch.from_numpy(row_NV.numpy().argmax(-1))
+        assert torch.equal(places_N, wanted_N)
+        assert torch.equal(values_N.nan_to_num(nan=7.0), row_NV.gather(1, wanted_N[:, None])[:, 0].nan_to_num(nan=7.0))
+
+
+def test_a_maximum_along_another_axis_cannot_be_recorded() -> None:
+    x_NV = torch.randn(3, 4)
+    with pytest.raises(Unrecordable, match="any axis but the last"), trace(Program(), [x_NV]):
+        x_NV.max(dim=0)

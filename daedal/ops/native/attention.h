@@ -40,9 +40,11 @@ inline F16 power_of_two(F16 x) {
 #include "attention_dot.h"
 #include "attention_wide.h"
 
-// Keys that are worked on at once, and the most chunks of a unit.
+// Keys that are worked on at once, and the most chunks of a unit. Short sequences are cut finer, so that more threads
+// have a part in them.
 constexpr int64_t ATTENTION_BLOCK = 128;
 constexpr int64_t ATTENTION_CHUNKS = 64;
+constexpr int64_t ATTENTION_SHORT = 512;
 
 // Rows of one kind: where row s of a sequence lies. Strides in bytes.
 struct AttentionRows {
@@ -105,6 +107,8 @@ struct AttentionUnit {
     int64_t chunk_weight(int64_t index) const {
         return (std::min(chunk, keys() - index * chunk) + 32) * tiles();
     }
+    // Where in the order of all work a chunk counts, that begins at `position`: its middle.
+    int64_t place(int64_t position, int64_t index) const { return position + chunk_weight(index) / 2; }
 };
 
 // The maximum of a row that has seen no key, and the score of a hidden one: both finite, the second far below.
@@ -124,7 +128,9 @@ inline int64_t attention_units(const AttentionJob& job, const Visit& visit) {
             for (unit.begin = 0; unit.begin < rows; unit.begin += job.unit_rows) {
                 unit.rows = std::min(job.unit_rows, rows - unit.begin);
                 // Folding costs as much for short chunks as for long ones, and more the more rows there are.
-                const int64_t least = ATTENTION_BLOCK * (unit.tiles() > 2 ? 4 : unit.tiles());
+                const int64_t least = unit.tiles() > 2                                      ? 4 * ATTENTION_BLOCK
+                                      : unit.tiles() == 1 && unit.keys() <= ATTENTION_SHORT ? ATTENTION_BLOCK / 2
+                                                                                            : unit.tiles() * ATTENTION_BLOCK;
                 unit.chunk = least * ((unit.keys() + least * ATTENTION_CHUNKS - 1) / (least * ATTENTION_CHUNKS));
                 unit.chunk = std::max(unit.chunk, least);
                 const int64_t chunks = unit.chunks();
@@ -137,14 +143,14 @@ inline int64_t attention_units(const AttentionJob& job, const Visit& visit) {
     return position;
 }
 
-// Divides the order of all work among threads: who does the chunk at a position.
+// Divides the order of all work among threads: who does the chunk at a place.
 struct AttentionShare {
     int64_t total, threads;
 
-    int64_t owner(int64_t position) const {
-        int64_t thread = std::min(threads - 1, position * threads / std::max<int64_t>(total, 1));
-        while (thread + 1 < threads && begin(thread + 1) <= position) ++thread;
-        while (begin(thread) > position) --thread;
+    int64_t owner(int64_t place) const {
+        int64_t thread = std::min(threads - 1, place * threads / std::max<int64_t>(total, 1));
+        while (thread + 1 < threads && begin(thread + 1) <= place) ++thread;
+        while (begin(thread) > place) --thread;
         return thread;
     }
     int64_t begin(int64_t thread) const { return total * thread / threads; }
@@ -353,11 +359,13 @@ struct AttentionWorker {
     // This thread's chunks of one unit.
     void work(const AttentionUnit& taken, int64_t position, int64_t begin, int64_t end) {
         if (position + taken.weight <= begin || position >= end) return;
-        const bool leads = position >= begin;
+        const bool leads = taken.place(position, 0) >= begin;
         const int64_t chunks = taken.chunks();
         bool packed = false;
-        for (int64_t index = 0; index < chunks && position < end; position += taken.chunk_weight(index++)) {
-            if (position < begin) continue;
+        for (int64_t index = 0; index < chunks; position += taken.chunk_weight(index++)) {
+            const int64_t place = taken.place(position, index);
+            if (place < begin) continue;
+            if (place >= end) break;
             if (!packed) take(taken);
             packed = true;
             run(index, records(!leads ? 2 + index : index == 0 ? 0 : 1));
@@ -383,8 +391,9 @@ struct AttentionWorker {
 template <typename Engine, typename Worker>
 inline void attention_join(const AttentionJob& job, const AttentionUnit& unit, int64_t position,
                            const AttentionShare& share, const Worker& worker_of, const Team& team) {
-    const int64_t chunks = unit.chunks(), first = share.owner(position);
-    if (share.owner(position + unit.weight - unit.chunk_weight(chunks - 1)) == first) return;
+    const int64_t chunks = unit.chunks(), first = share.owner(unit.place(position, 0));
+    const int64_t last = position + unit.weight - unit.chunk_weight(chunks - 1);
+    if (share.owner(unit.place(last, chunks - 1)) == first) return;
     AttentionWorker<Engine> leader = worker_of(first);
     leader.unit = &unit;
     const int64_t pairs = job.value_tiles() / 2;
@@ -397,7 +406,7 @@ inline void attention_join(const AttentionJob& job, const AttentionUnit& unit, i
         std::memcpy(state, record, sizeof state);
         int64_t at = position;
         for (int64_t index = 0; index < chunks; at += unit.chunk_weight(index++)) {
-            const int64_t owner = share.owner(at);
+            const int64_t owner = share.owner(unit.place(at, index));
             if (owner == first) continue;
             const float* later = worker_of(owner).records(2 + index) + tile * job.record();
             attention_factors(state, later, factors);

@@ -1,6 +1,6 @@
 // Plain tensor operations on strided operands, as far as they join the other kernels in a recorded step: conversion and
-// copies, arithmetic of two operands, functions of one. Operands broadcast by strides of 0. Included inside each level's
-// namespace.
+// copies, arithmetic of two operands, functions of one, maxima of rows. Operands broadcast by strides of 0. Included
+// inside each level's namespace.
 #pragma once
 
 constexpr int AXES = 5;
@@ -125,4 +125,64 @@ inline void unary(const Word* a, const Team& team) {
     }
 }
 
-#define DAEDAL_ELEMENTWISE_KERNELS {"copy", copy}, {"binary", binary}, {"unary", unary},
+struct Peak {
+    float value;
+    int64_t place;
+
+    // Of two equals the first counts, and NaN is above all numbers.
+    bool yields_to(const Peak& other) const {
+        const bool above = other.value > value || (other.value != other.value && value == value);
+        const bool equal = other.value == value || (other.value != other.value && value != value);
+        return above || (equal && other.place < place);
+    }
+};
+
+// The greatest of `row[begin]` up to `row[end]`, of which there is at least one.
+inline Peak peak_of(const float* row, int64_t begin, int64_t end) {
+    Peak found{row[begin], begin};
+    int64_t i = begin;
+    if (end - begin >= 16) {
+        F16 best = load(row + begin);
+        I16 at, steps{};
+        for (int lane = 0; lane < 16; ++lane) at[lane] = lane;
+        for (const I16 lanes = at; i + 16 <= end; i += 16, steps += 16) {
+            const F16 x = load(row + i);
+            const I16 above = (x > best) | ((x != x) & (best == best));
+            best = above ? x : best;
+            at = above ? steps + lanes : at;
+        }
+        found = {best[0], begin + at[0]};
+        for (int lane = 1; lane < 16; ++lane) {
+            const Peak other{best[lane], begin + at[lane]};
+            if (found.yields_to(other)) found = other;
+        }
+    }
+    for (; i < end; ++i) {
+        const Peak other{row[i], i};
+        if (found.yields_to(other)) found = other;
+    }
+    return found;
+}
+
+// x float32 [rows, columns], dense, rows, columns, values float32 [rows], places int64 [rows], scratch of 16 bytes for
+// each row and thread, threads that it has room for
+inline void row_peaks(const Word* a, const Team& team) {
+    const int64_t rows = a[1], columns = a[2], threads = std::min({a[6], static_cast<Word>(team.size), columns});
+    Peak* parts = pointer<Peak>(a[5]);
+    if (team.rank < threads) {
+        const int64_t begin = columns * team.rank / threads, end = columns * (team.rank + 1) / threads;
+        for (int64_t row = 0; row < rows; ++row)
+            parts[row * threads + team.rank] = peak_of(pointer<const float>(a[0]) + row * columns, begin, end);
+    }
+    team.sync();
+    const Range mine = team.share(rows);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+        Peak found = parts[row * threads];
+        for (int64_t part = 1; part < threads; ++part)
+            if (found.yields_to(parts[row * threads + part])) found = parts[row * threads + part];
+        pointer<float>(a[3])[row] = found.value;
+        pointer<int64_t>(a[4])[row] = found.place;
+    }
+}
+
+#define DAEDAL_ELEMENTWISE_KERNELS {"copy", copy}, {"binary", binary}, {"unary", unary}, {"row_peaks", row_peaks},

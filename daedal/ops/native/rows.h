@@ -91,7 +91,8 @@ template <typename T>
 inline void gate_row(const T* gate, const T* up, T* y, int64_t dim, float limit) {
     int64_t i = 0;
     for (; i + 16 <= dim; i += 16) {
-        const F16 g = min(load(gate + i), fill(limit)), u = max(min(load(up + i), fill(limit)), fill(-limit));
+        // The limit comes first in each comparison, so that NaN passes.
+        const F16 g = min(fill(limit), load(gate + i)), u = max(fill(-limit), min(fill(limit), load(up + i)));
         store(y + i, silu(g) * u);
     }
     for (; i < dim; ++i) {

@@ -20,7 +20,7 @@ from daedal.ops.rows import FlatRows, PagedRows, Rows
 # many tokens of a prompt that copying their keys once costs little (128 were a tenth slower).
 UNIT_ROWS = 256
 # Keys of a block and of the shortest chunk, and the most chunks of a unit: as in native/attention.h.
-BLOCK, CHUNKS = 128, 64
+BLOCK, SHORTEST, CHUNKS = 128, 64, 64
 # Rows side by side are one page longer than any sequence.
 ENDLESS = 1 << 30
 
@@ -58,7 +58,7 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
     out_THV = torch.empty((num_tokens, num_heads, value_dim), dtype=q_THK.dtype)
     rows = max((end - start for start, end in pairwise(starts)), default=0) * (num_heads // num_groups)
     unit_rows = min(UNIT_ROWS, -(-max(rows, 1) // 16) * 16)
-    threads, slots = torch.get_num_threads(), min(CHUNKS, -(-max(capacity, 1) // BLOCK))
+    threads, slots = torch.get_num_threads(), min(CHUNKS, -(-max(capacity, 1) // SHORTEST))
     call(
         "attention",
         q_THK,

@@ -57,6 +57,17 @@ def unary(name: str, x: Tensor) -> Tensor:
     return result
 
 
+def peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum, and where it is: of equals the first, NaN where there is one. x: [rows, columns]."""
+    if x.dtype != torch.float32 or x.dim() != 2 or not x.is_contiguous() or not x.numel():
+        raise Unrecordable("maxima of anything but dense rows of float32 have no native form")
+    rows, threads = len(x), torch.get_num_threads()
+    values, places = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+    scratch = torch.empty((rows * threads, 2), dtype=torch.int64)
+    call("row_peaks", x, *x.shape, values, places, scratch, threads)
+    return values, places
+
+
 def gather(table: Tensor, index: Tensor) -> Tensor:
     """Rows of `table` [N, ...] at `index` (int64, any shape): [*index, ...]."""
     if not table.is_contiguous() or not index.is_contiguous() or index.dtype != torch.int64:

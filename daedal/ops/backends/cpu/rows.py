@@ -1,10 +1,11 @@
-"""Norms, rotation, gated units and routing on native kernels."""
+"""Norms, rotation, gated units and routing on native kernels; norms and gated units with their gradients."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from daedal.ops.backends.cpu.gradients import TrainedGate, TrainedNorm
 from daedal.ops.backends.cpu.program import TYPES, call, missing
 from daedal.ops.registry import REGISTRY
 
@@ -19,25 +20,38 @@ MOST_EXPERTS, MOST_GROUPS = 4096, 512
 
 def declines(*tensors: Tensor | None) -> str | None:
     """Why native kernels cannot take these tensors; what every op of this backend asks first."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return "runs on the CPU alone"
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return "has no gradients"
+    if any(tensor is not None and wants_gradients(tensor) for tensor in tensors):
+        return "has no gradients"
+    return elsewhere(*tensors)
+
+
+def elsewhere(*tensors: Tensor | None) -> str | None:
+    """The same for an op that has gradients."""
+    if any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors):
+        return "runs on the CPU alone"
     return missing()
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _rms_norm_supports(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
     types = [tensor.dtype for tensor in (x_TD, weight_D) if tensor is not None]
     if any(dtype not in FLOATS for dtype in types):
         return f"takes bfloat16 and float32, not {types[0]}"
-    return declines(x_TD, weight_D)
+    return declines(x_TD) if weight_D is None else elsewhere(x_TD, weight_D)
 
 
 @REGISTRY.register("rms_norm", BACKEND, supports=_rms_norm_supports)
 def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    if weight_D is not None and wants_gradients(x_TD, weight_D):
+        y_ND: Tensor = TrainedNorm.apply(_norm, _rows(x_TD), weight_D, eps)  # type: ignore[no-untyped-call]
+        return y_ND.view(x_TD.shape)
+    return _norm(x_TD, weight_D, eps)
+
+
+def _norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     rows_ND = _rows(x_TD)
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     weight = None if weight_D is None else weight_D.contiguous()
@@ -83,11 +97,18 @@ def angles(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Te
 def _swiglu_supports(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> str | None:
     if gate_TF.dtype not in FLOATS or up_TF.dtype != gate_TF.dtype:
         return f"takes bfloat16 and float32, not {gate_TF.dtype}"
-    return declines(gate_TF, up_TF)
+    return elsewhere(gate_TF, up_TF)
 
 
 @REGISTRY.register("swiglu", BACKEND, supports=_swiglu_supports)
 def swiglu(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> Tensor:
+    if wants_gradients(gate_TF, up_TF):
+        y_NF: Tensor = TrainedGate.apply(_gated, _rows(gate_TF), _rows(up_TF), limit)  # type: ignore[no-untyped-call]
+        return y_NF.view(gate_TF.shape)
+    return _gated(gate_TF, up_TF, limit=limit)
+
+
+def _gated(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> Tensor:
     gate, up = _rows(gate_TF), _rows(up_TF)
     y_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
     most = math.inf if limit is None else float(limit)

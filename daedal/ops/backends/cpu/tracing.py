@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from daedal.ops.backends.cpu.elementwise import binary, concatenate, convert, gather, scatter, unary
+from daedal.ops.backends.cpu.elementwise import binary, concatenate, convert, gather, peaks, scatter, unary
 from daedal.ops.backends.cpu.program import Program, recording
 from daedal.ops.rows import Unrecordable
 
@@ -76,7 +76,7 @@ class _Watch(TorchDispatchMode):
             if lower is None:
                 raise Unrecordable(f"{func} has no native form")
             result = lower(*args, **kwargs)
-            self._live.add(_memory(result))
+            self._live.update(_memory(tensor) for tensor in _tensors(result))
         elif func._schema.is_mutable and _memory(args[0]) not in self._constant:
             raise Unrecordable(f"{func} changes memory that is no part of the step")
         else:
@@ -138,7 +138,13 @@ def _index_copy(table: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
     return table
 
 
-_LOWERED: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+def _max(x: Tensor, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    if dim not in (-1, x.dim() - 1) or keepdim:
+        raise Unrecordable("a maximum along any axis but the last has no native form")
+    return peaks(x)
+
+
+_LOWERED: Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]] = MappingProxyType(
     {
         "add": _sum("add"),
         "sub": _sum("sub"),
@@ -150,6 +156,7 @@ _LOWERED: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "sigmoid": lambda x: unary("sigmoid", x),
         "clone": _clone,
         "_to_copy": _to_copy,
+        "max": _max,
         "cat": lambda parts, dim=0: concatenate(parts, dim),
         "embedding": _embedding,
         "index_select": _index_select,
