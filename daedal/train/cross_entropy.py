@@ -2,8 +2,9 @@
 
 The gradient of a token's loss needs its own logits alone, so it is made while they are there: nothing is computed
 twice, and what is kept are gradients of the states and of the head. Logits and softmax are float32. Where states are
-bfloat16 so are the factors of the products, which is what serving multiplies once the head is saved in bfloat16; sums
-are float32. Knows nothing of models.
+bfloat16 so are the factors of the products, which is what serving multiplies once the head is saved in bfloat16; a
+chunk's gradients then come out in bfloat16, as those of every other matrix do, and chunks add up in float32. Knows
+nothing of models.
 """
 
 from contextlib import nullcontext
@@ -35,22 +36,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
         wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        narrow = hidden_TD.dtype == torch.bfloat16
+        factor = torch.bfloat16 if narrow else wide
         kept_t = (targets_T != IGNORED).nonzero().squeeze(-1)
-        states_tD, wanted_t, wide_VD = hidden_TD[kept_t].to(wide), targets_T[kept_t], head_VD.to(wide)
+        states_tD, wanted_t, head = hidden_TD[kept_t].to(factor), targets_T[kept_t], head_VD.to(factor)
+        wide_VD = head_VD.to(wide)
         learns_states, learns_head = ctx.needs_input_grad[:2]
         grad_tD = torch.zeros_like(states_tD) if learns_states else None
         grad_VD = torch.zeros_like(wide_VD) if learns_head else None
-        loss = states_tD.new_zeros(())
-        narrow = hidden_TD.dtype == torch.bfloat16
-        with narrow_factors(hidden_TD.device) if narrow else nullcontext():
-            for first in range(0, states_tD.shape[0], chunk):
-                places = slice(first, first + chunk)
-                nats_t, surplus_tV = target_surplus(states_tD[places] @ wide_VD.T, wanted_t[places])
-                loss += nats_t.sum()
-                if grad_tD is not None:
-                    grad_tD[places] = surplus_tV @ wide_VD
-                if grad_VD is not None:
-                    grad_VD.addmm_(surplus_tV.T, states_tD[places])
+        loss = states_tD.new_zeros((), dtype=wide)
+        for first in range(0, states_tD.shape[0], chunk):
+            places = slice(first, first + chunk)
+            with narrow_factors(hidden_TD.device) if narrow else nullcontext():
+                logits_tV = states_tD[places].to(wide) @ wide_VD.T
+            nats_t, surplus_tV = target_surplus(logits_tV, wanted_t[places], factor)
+            loss += nats_t.sum()
+            if grad_tD is not None:
+                grad_tD[places] = surplus_tV @ head
+            if grad_VD is not None:
+                grad_VD += surplus_tV.T @ states_tD[places]
         grad_TD = None
         if grad_tD is not None:
             grad_TD = torch.zeros_like(hidden_TD).index_copy_(0, kept_t, grad_tD.to(hidden_TD.dtype))

@@ -94,21 +94,23 @@ def test_numbers_that_are_none_are_seen() -> None:
     assert shares[0, 5:, :6].isnan().all()
     logits = random(4, 100, seed=3, dtype=torch.float32)
     logits[1, 7], logits[2, 7], logits[3, 7] = float("nan"), float("inf"), float("-inf")
-    nats, _ = softmaxes.target_surplus(logits, torch.tensor([3, 3, 3, 3]))
+    nats, _ = softmaxes.target_surplus(logits, torch.tensor([3, 3, 3, 3]), torch.float32)
     assert nats.isnan().tolist() == [False, True, True, False]
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 16, 37, 4096])
-def test_what_a_loss_leaves_of_logits(width: int) -> None:
+def test_what_a_loss_leaves_of_logits(width: int, dtype: torch.dtype) -> None:
     logits = 8 * random(5, width, seed=1, dtype=torch.float32)
     targets = torch.tensor([0, width - 1, width // 2, 0, width // 3])
     exact = logits.double().log_softmax(-1)
-    nats, surplus = softmaxes.target_surplus(logits, targets)
+    nats, surplus = softmaxes.target_surplus(logits, targets, dtype)
     torch.testing.assert_close(nats.double(), -exact.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     wanted = exact.exp().scatter_add(1, targets[:, None], torch.full((5, 1), -1.0, dtype=torch.float64))
-    torch.testing.assert_close(surplus.double(), wanted, rtol=1e-5, atol=1e-6)
-    assert surplus.data_ptr() == logits.data_ptr()
+    close = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(surplus.double(), wanted, **close)
+    assert (surplus.data_ptr() == logits.data_ptr()) == (dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("level")

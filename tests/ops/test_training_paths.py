@@ -1,5 +1,7 @@
 """What the aten backend does only while gradients are on, against the reference in float64: values and gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +53,23 @@ def test_rows_go_to_their_experts_and_back(fills: bool) -> None:
     found = torch.autograd.grad(y_TD, (x_TD, weights_TA), push)
     for mine, theirs in zip(found, torch.autograd.grad(wanted_TD, (x_TD, weights_TA), push), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 48])
+def test_kernels_bring_rows_back_as_torch_does(dim: int, dtype: torch.dtype) -> None:
+    ids_TA = torch.rand(70, 5, generator=torch.Generator().manual_seed(3)).argsort(-1)[:, :3]
+    order = Order.of(ids_TA, 5, fills=True)
+    push = random(70, dim, seed=4, dtype=dtype).detach()
+    results = []
+    for backend in (None, "reference"):
+        x_TD, weights_TA = random(70, dim, seed=1, dtype=dtype), random(70, 3, seed=2, dtype=torch.float32)
+        with nullcontext() if backend is None else ops.using(backend):
+            y_TD = combine(dispatch(x_TD, order).square(), weights_TA, order)
+            results.append((y_TD, *torch.autograd.grad(y_TD, (x_TD, weights_TA), push)))
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
 
 
 def test_rows_that_fill_up_leave_no_gradient() -> None:

@@ -262,7 +262,8 @@ def experts(
         result_PD = _few_experts(rows_PD, counts_E.tolist(), gate_up_EFD, down_EDF, limit)
     else:
         gate, up = F.grouped_mm(rows_PD, gate_up_EFD.transpose(1, 2), offs=order.ends_E).chunk(2, -1)
-        result_PD = F.grouped_mm(swiglu(gate, up, limit=limit), down_EDF.transpose(1, 2), offs=order.ends_E)
+        hidden_PF = REGISTRY.call("swiglu", gate, up, limit=limit)
+        result_PD = F.grouped_mm(hidden_PF, down_EDF.transpose(1, 2), offs=order.ends_E)
     return combine(result_PD, weights_TA, order)
 
 

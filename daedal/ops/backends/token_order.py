@@ -3,7 +3,7 @@
 Every token has as many rows as it has experts, so the way back is a gather and a short sum. Indexing and adding by
 index would do, but their gradients add row by row on one core. An expert's rows may be filled up to a multiple of a
 unit: oneDNN makes a program for every shape of a product, which takes longer than the product if no shape ever comes
-again. Knows no experts.
+again. On a CPU with native kernels those gather and sum in one pass. Knows no experts.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from daedal.ops.backends.cpu import gradients
 
 _WIDEST = 128
 
@@ -73,8 +75,10 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None]:
-        apart_TAD: Tensor = grad_PD.index_select(0, ctx.order.places_N).unflatten(0, ctx.shape)
-        return apart_TAD.sum(1), None
+        places_N: Tensor = ctx.order.places_N
+        if _has_kernel(grad_PD):
+            return gradients.combine_rows(grad_PD, places_N, None, ctx.shape[0]), None
+        return grad_PD.index_select(0, places_N).unflatten(0, ctx.shape).sum(1), None
 
 
 class _Combine(torch.autograd.Function):
@@ -82,6 +86,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows_PD: Tensor, weights_TA: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(rows_PD, weights_TA)
         ctx.order = order
+        if _has_kernel(rows_PD, weights_TA):
+            return gradients.combine_rows(rows_PD, order.places_N, weights_TA, len(weights_TA))
         apart_TAD = rows_PD.index_select(0, order.places_N).unflatten(0, weights_TA.shape)
         summed_TD: Tensor = (apart_TAD * weights_TA.unsqueeze(-1)).sum(1)
         return summed_TD.to(rows_PD.dtype)
@@ -91,9 +97,16 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_PD, weights_TA = ctx.saved_tensors
         places_N = ctx.order.places_N
+        if _has_kernel(rows_PD, weights_TA):
+            return *gradients.combine_gradients(rows_PD, places_N, weights_TA, grad_TD), None
         apart_TAD = rows_PD.index_select(0, places_N).unflatten(0, weights_TA.shape)
         grad_T1D = grad_TD.unsqueeze(1)
         grad_TA = (apart_TAD * grad_T1D.float()).sum(-1)
         grad_ND = (grad_T1D * weights_TA.unsqueeze(-1)).to(rows_PD.dtype).flatten(0, 1)
         grad_PD = torch.zeros_like(rows_PD).index_copy_(0, places_N, grad_ND)
         return grad_PD, grad_TA.to(weights_TA.dtype), None
+
+
+def _has_kernel(rows_PD: Tensor, weights_TA: Tensor | None = None) -> bool:
+    weighed = weights_TA is None or weights_TA.dtype == torch.float32
+    return rows_PD.dtype in (torch.bfloat16, torch.float32) and weighed and gradients.kernels_run(rows_PD)

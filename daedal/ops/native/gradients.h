@@ -1,5 +1,5 @@
 // What training does with rows on a CPU: gradients of norms and of gated units, the softmax of causal attention with its
-// gradient, and what a loss leaves of logits. Each reads its operands once and writes its result once, where a chain of
+// gradient, experts' rows back to their tokens, and what a loss leaves of logits. Each reads its operands once and writes its result once, where a chain of
 // elementwise kernels goes over memory four to eight times. All compute in float32. Sums over rows go block by block of
 // rows, so that no result depends on the number of threads. Included inside each level's namespace.
 #pragma once
@@ -216,23 +216,83 @@ inline void causal_gradients(const Word* a, const Team& team) {
     });
 }
 
-// logits float32 [t, V] -> probabilities less one at the targets, targets int64 [t], -log p(target) float32 [t], t, V
+// logits float32 [t, V] (overwritten), targets int64 [t], -log p(target) float32 [t], t, V, probabilities less one at the
+// targets [t, V] (may be the logits' memory), their type
 inline void target_surplus(const Word* a, const Team& team) {
     const int64_t width = a[4];
     const Range mine = team.share(a[3]);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
         float* logits = pointer<float>(a[0]) + row * width;
+        char* surplus = pointer<char>(a[5]) + row * width * type_bytes(a[6]);
         const int64_t target = pointer<const int64_t>(a[1])[row];
         const float wanted = logits[target], peak = peak_of_row(logits, width);
         const float total = exponentials(logits, width, peak, 1.0f), inverse = 1.0f / total;
-        each_vector(width, [&](int64_t i, int64_t some) {
-            store_part(logits + i, load_part(logits + i, some) * inverse, some);
-        });
-        logits[target] -= 1.0f;
+        const float least = logits[target] * inverse - 1.0f;
+        const auto typed = [&](auto* to) {
+            each_vector(width, [&](int64_t i, int64_t some) {
+                store_part(to + i, load_part(logits + i, some) * inverse, some);
+            });
+            store_one(to + target, least);
+        };
+        if (a[6] == BFLOAT16)
+            typed(reinterpret_cast<bf16*>(surplus));
+        else
+            typed(reinterpret_cast<float*>(surplus));
         pointer<float>(a[2])[row] = peak - wanted + std::log(total);
     }
 }
 
+// y[t] = sum over a of weights[t, a] times rows[places[t, a]], without weights their sum. rows, type, places int64
+// [T, A], weights float32 [T, A] or null, y [T, D], T, A, D
+inline void combine_rows(const Word* a, const Team& team) {
+    const int64_t choices = a[6], dim = a[7];
+    const int64_t* places = pointer<const int64_t>(a[2]);
+    const float* weights = pointer<const float>(a[3]);
+    const Range mine = team.share(a[5]);
+    const auto typed = [&](auto* rows, auto* y) {
+        for (int64_t token = mine.begin; token < mine.end; ++token) {
+            each_vector(dim, [&](int64_t i, int64_t some) {
+                F16 total{};
+                for (int64_t n = token * choices; n < (token + 1) * choices; ++n) {
+                    const F16 value = load_part(rows + places[n] * dim + i, some);
+                    total += weights == nullptr ? value : value * weights[n];
+                }
+                store_part(y + token * dim + i, total, some);
+            });
+        }
+    };
+    if (a[1] == BFLOAT16)
+        typed(pointer<const bf16>(a[0]), pointer<bf16>(a[4]));
+    else
+        typed(pointer<const float>(a[0]), pointer<float>(a[4]));
+}
+
+// rows, type, places int64 [T, A], weights float32 [T, A], gradient of y [T, D], of the rows (those without a place stay
+// as they are), of the weights float32 [T, A], T, A, D
+inline void combine_gradients(const Word* a, const Team& team) {
+    const int64_t choices = a[8], dim = a[9];
+    const int64_t* places = pointer<const int64_t>(a[2]);
+    const float* weights = pointer<const float>(a[3]);
+    const Range mine = team.share(a[7]);
+    const auto typed = [&](auto* rows, auto* push, auto* grad) {
+        for (int64_t n = mine.begin * choices; n < mine.end * choices; ++n) {
+            const auto* p = push + n / choices * dim;
+            F16 along{};
+            each_vector(dim, [&](int64_t i, int64_t some) {
+                const F16 value = load_part(p + i, some);
+                along += value * load_part(rows + places[n] * dim + i, some);
+                store_part(grad + places[n] * dim + i, value * weights[n], some);
+            });
+            pointer<float>(a[6])[n] = sum(along);
+        }
+    };
+    if (a[1] == BFLOAT16)
+        typed(pointer<const bf16>(a[0]), pointer<const bf16>(a[4]), pointer<bf16>(a[5]));
+    else
+        typed(pointer<const float>(a[0]), pointer<const float>(a[4]), pointer<float>(a[5]));
+}
+
 #define DAEDAL_GRADIENTS_KERNELS                                                       \
     {"norm_gradients", norm_gradients}, {"swiglu_gradients", swiglu_gradients},        \
-        {"causal_shares", causal_shares}, {"causal_gradients", causal_gradients}, {"target_surplus", target_surplus},
+        {"causal_shares", causal_shares}, {"causal_gradients", causal_gradients}, {"target_surplus", target_surplus}, \
+        {"combine_rows", combine_rows}, {"combine_gradients", combine_gradients},

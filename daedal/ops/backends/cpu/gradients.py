@@ -1,4 +1,4 @@
-"""Gradients of norms and gated units, and the softmaxes of training, on native kernels.
+"""Gradients of norms and gated units, the softmaxes of training, and experts' rows back to tokens, on native kernels.
 
 The forward pass is the kernel that serving takes; kept for the backward pass are its inputs alone. Formulas stand in
 `native/gradients.h`. Knows no ops.
@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from daedal.ops.backends.cpu.program import TYPES, call, native
+from daedal.ops.backends.cpu.program import TYPES, call, missing, native
+from daedal.ops.registry import REGISTRY
 
 # As in native/gradients.h.
 ROW_BLOCKS = 64
 LONGEST, WIDEST = 512, 512
+
+
+def kernels_run(given: Tensor) -> bool:
+    """Whether what works on `given` may take these kernels."""
+    return given.device.type == "cpu" and given.numel() > 0 and REGISTRY.forced in (None, "cpu") and missing() is None
 
 
 class TrainedNorm(torch.autograd.Function):
@@ -90,8 +96,29 @@ def causal_gradients(push_NtV: Tensor, v_NtV: Tensor, shares_Ntt: Tensor, scale:
     return grad_Ntt
 
 
-def target_surplus(logits_tV: Tensor, targets_t: Tensor) -> Tensor:
-    """-log p(target) of each token, float32; logits (float32) become probabilities, less one at the targets."""
+def target_surplus(logits_tV: Tensor, targets_t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-log p(target) of each token, and probabilities less one at the targets; logits: float32, overwritten."""
     nats_t = torch.empty(len(logits_tV))
-    call("target_surplus", logits_tV, targets_t.contiguous(), nats_t, *logits_tV.shape)
-    return nats_t
+    surplus_tV = logits_tV if dtype == logits_tV.dtype else torch.empty(logits_tV.shape, dtype=dtype)
+    given = logits_tV, targets_t.contiguous(), nats_t
+    call("target_surplus", *given, *logits_tV.shape, surplus_tV, TYPES[dtype])
+    return nats_t, surplus_tV
+
+
+def combine_rows(rows_PD: Tensor, places_N: Tensor, weights_TA: Tensor | None, tokens: int) -> Tensor:
+    """y_TD: the sum of each token's rows by weight, or their plain sum. places_N: its rows, choice by choice."""
+    dim = rows_PD.shape[1]
+    y_TD = torch.empty((tokens, dim), dtype=rows_PD.dtype)
+    weights = None if weights_TA is None else weights_TA.contiguous()
+    size = tokens, len(places_N) // tokens, dim
+    call("combine_rows", rows_PD.contiguous(), TYPES[rows_PD.dtype], places_N, weights, y_TD, *size)
+    return y_TD
+
+
+def combine_gradients(rows_PD: Tensor, places_N: Tensor, weights_TA: Tensor, push_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and weights, given y's; 0 for rows that are no token's."""
+    rows, weights = rows_PD.contiguous(), weights_TA.contiguous()
+    grad_PD, grad_TA = torch.zeros(rows.shape, dtype=rows.dtype), torch.empty(weights.shape)
+    given = rows, TYPES[rows.dtype], places_N, weights, push_TD.contiguous()
+    call("combine_gradients", *given, grad_PD, grad_TA, *weights.shape, rows.shape[1])
+    return grad_PD, grad_TA
