@@ -85,6 +85,23 @@ def test_shapes_that_kernels_leave_to_torch() -> None:
         )
 
 
+def test_kernels_take_bfloat16_alone() -> None:
+    """Others are computed all the same, by PyTorch."""
+    q, k = random(2, 20, 32, seed=1, dtype=torch.float32), random(2, 20, 32, seed=2, dtype=torch.float32)
+    assert "takes bfloat16" in str(causal_declines(q, k))
+    torch.testing.assert_close(
+        softmaxes.causal_shares(q, k, 0.3).double(), exact_shares(q, k, 0.3), rtol=2e-2, atol=1e-4
+    )
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("target", [-1, 100])
+def test_a_target_beyond_the_logits_is_refused(target: int) -> None:
+    logits = random(2, 100, seed=1, dtype=torch.float32)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        softmaxes.target_surplus(logits, torch.tensor([3, target]), torch.float32)
+
+
 @pytest.mark.usefixtures("form")
 def test_numbers_that_are_none_are_seen() -> None:
     """A loss on NaN must be NaN, or a run would go on."""

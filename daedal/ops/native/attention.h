@@ -128,9 +128,9 @@ inline int64_t attention_units(const AttentionJob& job, const Visit& visit) {
             for (unit.begin = 0; unit.begin < rows; unit.begin += job.unit_rows) {
                 unit.rows = std::min(job.unit_rows, rows - unit.begin);
                 // Folding costs as much for short chunks as for long ones, and more the more rows there are.
-                const int64_t least = unit.tiles() > 2                                      ? 4 * ATTENTION_BLOCK
-                                      : unit.tiles() == 1 && unit.keys() <= ATTENTION_SHORT ? ATTENTION_BLOCK / 2
-                                                                                            : unit.tiles() * ATTENTION_BLOCK;
+                const bool is_short = unit.tiles() == 1 && unit.keys() <= ATTENTION_SHORT;
+                int64_t least = ATTENTION_BLOCK * (unit.tiles() > 2 ? 4 : unit.tiles());
+                if (is_short) least = ATTENTION_BLOCK / 2;
                 unit.chunk = least * ((unit.keys() + least * ATTENTION_CHUNKS - 1) / (least * ATTENTION_CHUNKS));
                 unit.chunk = std::max(unit.chunk, least);
                 const int64_t chunks = unit.chunks();

@@ -1,7 +1,8 @@
 // What training does with rows on a CPU: gradients of norms and of gated units, the softmax of causal attention with its
-// gradient, experts' rows back to their tokens, and what a loss leaves of logits. Each reads its operands once and writes its result once, where a chain of
-// elementwise kernels goes over memory four to eight times. All compute in float32. Sums over rows go block by block of
-// rows, so that no result depends on the number of threads. Included inside each level's namespace.
+// gradient, experts' rows back to their tokens, and what a loss leaves of logits. Each reads its operands once and
+// writes its result once, where a chain of elementwise kernels goes over memory four to eight times. All compute in
+// float32. Sums over rows go block by block of rows, so that no result depends on the number of threads. Included inside
+// each level's namespace.
 #pragma once
 
 constexpr int64_t ROW_BLOCKS = 64;  // as `gradients.py` knows

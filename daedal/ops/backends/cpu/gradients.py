@@ -70,6 +70,8 @@ class TrainedGate(torch.autograd.Function):
 
 def causal_declines(q_NtK: Tensor, v_NtV: Tensor) -> str | None:
     """Why `causal_shares` and `causal_gradients` cannot take these."""
+    if q_NtK.dtype != torch.bfloat16 or v_NtV.dtype != torch.bfloat16:
+        return f"takes bfloat16, not {q_NtK.dtype} and {v_NtV.dtype}"
     if q_NtK.shape[1] > LONGEST or any(width > WIDEST or width % 32 for width in (q_NtK.shape[2], v_NtV.shape[2])):
         return f"takes up to {LONGEST} tokens, and widths up to {WIDEST} that are multiples of 32"
     if native().level not in ("amx", "avx512"):
@@ -97,7 +99,14 @@ def causal_gradients(push_NtV: Tensor, v_NtV: Tensor, shares_Ntt: Tensor, scale:
 
 
 def target_surplus(logits_tV: Tensor, targets_t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """-log p(target) of each token, and probabilities less one at the targets; logits: float32, overwritten."""
+    """-log p(target) of each token, and probabilities less one at the targets; logits: float32, overwritten.
+
+    IndexError for a target that is no column: the kernel would write beyond the row.
+    """
+    least, most = (int(end) for end in targets_t.aminmax())
+    if least < 0 or most >= logits_tV.shape[1]:
+        wrong = least if least < 0 else most
+        raise IndexError(f"target {wrong} is out of bounds: there are {logits_tV.shape[1]} logits for each token")
     nats_t = torch.empty(len(logits_tV))
     surplus_tV = logits_tV if dtype == logits_tV.dtype else torch.empty(logits_tV.shape, dtype=dtype)
     given = logits_tV, targets_t.contiguous(), nats_t

@@ -19,28 +19,26 @@ MOST_EXPERTS, MOST_GROUPS = 4096, 512
 
 
 def declines(*tensors: Tensor | None) -> str | None:
-    """Why native kernels cannot take these tensors; what every op of this backend asks first."""
-    if any(tensor is not None and wants_gradients(tensor) for tensor in tensors):
-        return "has no gradients"
-    return elsewhere(*tensors)
+    """Why native kernels cannot take these tensors; what every op of this backend asks that has no gradients."""
+    return "has no gradients" if wants_gradients(*tensors) else lacks_kernels(*tensors)
 
 
-def elsewhere(*tensors: Tensor | None) -> str | None:
-    """The same for an op that has gradients."""
+def lacks_kernels(*tensors: Tensor | None) -> str | None:
+    """Why there are no native kernels where these tensors lie."""
     if any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors):
         return "runs on the CPU alone"
     return missing()
 
 
-def wants_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _rms_norm_supports(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
     types = [tensor.dtype for tensor in (x_TD, weight_D) if tensor is not None]
     if any(dtype not in FLOATS for dtype in types):
         return f"takes bfloat16 and float32, not {types[0]}"
-    return declines(x_TD) if weight_D is None else elsewhere(x_TD, weight_D)
+    return declines(x_TD) if weight_D is None else lacks_kernels(x_TD, weight_D)
 
 
 @REGISTRY.register("rms_norm", BACKEND, supports=_rms_norm_supports)
@@ -97,7 +95,7 @@ def angles(positions_T: Tensor, frequencies_C: Tensor, scale: float) -> tuple[Te
 def _swiglu_supports(gate_TF: Tensor, up_TF: Tensor, *, limit: float | None) -> str | None:
     if gate_TF.dtype not in FLOATS or up_TF.dtype != gate_TF.dtype:
         return f"takes bfloat16 and float32, not {gate_TF.dtype}"
-    return elsewhere(gate_TF, up_TF)
+    return lacks_kernels(gate_TF, up_TF)
 
 
 @REGISTRY.register("swiglu", BACKEND, supports=_swiglu_supports)
