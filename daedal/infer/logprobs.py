@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from daedal.infer.drawing import likeliest
 from daedal.infer.request import TokenLogprobs
+from daedal.ops.drawing import likeliest
 
 _ROWS_AT_ONCE = 64  # bounds the temporaries, each as large as these rows of the vocabulary
 

@@ -14,8 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from daedal.infer.drawing import Array, draw
 from daedal.infer.request import Mask, SamplingParams
+from daedal.ops.drawing import Array, Draws
 
 LEAST_TEMPERATURE = 1e-5  # below it a draw is greedy: float32 could not hold the quotients
 
@@ -33,6 +33,7 @@ class Logits:
         self._seen_NV: Array | None = self.tensor.numpy() if self.tensor.device.type == "cpu" else None
         self._num_rows = len(self.tensor)
         self._peaks: tuple[Array, Array] | None = None if peaks is None else (peaks[0].numpy(), peaks[1].numpy())
+        self._draws: Draws | None = None
 
     def __len__(self) -> int:
         return self._num_rows
@@ -41,10 +42,11 @@ class Logits:
         """Some of the rows, ascending."""
         return self if len(rows) == self._num_rows else Logits(self.tensor[rows])
 
-    def row(self, row: int) -> Array:
-        """logits_V in the CPU's memory."""
-        found: Array = self.tensor[row].cpu().numpy() if self._seen_NV is None else self._seen_NV[row]
-        return found
+    def draw(self, row: int, params: SamplingParams, uniform: float) -> int:
+        """The token at the fraction `uniform` of a row's filtered distribution."""
+        if self._draws is None:
+            self._draws = Draws(self.tensor.cpu().numpy() if self._seen_NV is None else self._seen_NV)
+        return self._draws.draw(row, params, uniform)
 
     def peaks(self) -> tuple[list[int], list[float]]:
         """The place of each row's maximum, of equals the first, and the maximum; NaN where there is one."""
@@ -112,6 +114,11 @@ class RowSampler:
         return logits_V
 
     @property
+    def has_mask(self) -> bool:
+        """Whether a structure says what may be chosen."""
+        return self._mask is not None
+
+    @property
     def lost_its_mask(self) -> bool:
         """Whether the mask could not be worked out to the end."""
         return self._mask is not None and self._mask.failed
@@ -152,7 +159,7 @@ def choose(logits: Logits, samplers: Sequence[RowSampler]) -> list[int]:
         chosen, _ = logits.peaks()
     for row, sampler in enumerate(samplers):
         if sampler.draws:
-            chosen[row] = draw(logits.row(row), sampler.params, sampler.uniform())
+            chosen[row] = logits.draw(row, sampler.params, sampler.uniform())
         if sampler.adjusts:
             sampler.observe(chosen[row])
     return chosen

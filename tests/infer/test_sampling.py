@@ -1,75 +1,16 @@
 """Choices against a slow, plain version in float64, and against the chi-square of what they should be."""
 
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from daedal.infer.drawing import filtered, likeliest
 from daedal.infer.logprobs import token_logprobs
 from daedal.infer.request import SamplingParams
 from daedal.infer.sampling import Logits, RowSampler, check_finite, choose
+from tests.ops.test_drawing import plainly
 
 
 def sampler(params: SamplingParams, prompt: tuple[int, ...] = (0,), vocab_size: int = 8) -> RowSampler:
     return RowSampler(params, prompt, vocab_size=vocab_size, device="cpu")
-
-
-def normalised(logits_V: Tensor, params: SamplingParams) -> dict[int, float]:
-    ids_C, weights_C = filtered(logits_V.numpy(), params)
-    ids = range(len(weights_C)) if ids_C is None else ids_C.tolist()
-    probabilities = weights_C.astype(float) / weights_C.sum(dtype=float)
-    return dict(zip(ids, probabilities.tolist(), strict=True))
-
-
-def plainly(logits: list[float], params: SamplingParams) -> dict[int, float]:
-    """Sorts everything, filters one token at a time."""
-    peak = max(logits)
-    weights = [math.exp((logit - peak) / params.temperature) for logit in logits]
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    if params.top_k:
-        order = order[: params.top_k]
-    mass, before, kept = sum(weights[token] for token in order), 0.0, []
-    for token in order:
-        if before < params.top_p * mass or params.top_p == 1.0:
-            kept.append(token)
-        before += weights[token]
-    kept = [token for token in kept if weights[token] >= params.min_p * weights[order[0]]]
-    total = sum(weights[token] for token in kept)
-    return {token: weights[token] / total for token in kept}
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    # Halves, so that ties are common and no filter's border depends on rounding.
-    logits=st.lists(st.integers(-8, 8).map(lambda half: half / 2), min_size=1, max_size=600),
-    temperature=st.sampled_from([0.1, 0.7, 1.0, 3.0]),
-    top_k=st.sampled_from([0, 0, 1, 2, 5, 300, 700]),
-    top_p=st.sampled_from([1.0, 1.0, 1e-6, 0.123, 0.61, 0.987]),
-    min_p=st.sampled_from([0.0, 0.0, 0.013, 0.37, 1.0]),
-)
-def test_filters_equal_a_plain_version(
-    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    expected = plainly(logits, params)
-    found = normalised(torch.tensor(logits), params)
-    assert found.keys() == expected.keys()
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
-def test_a_wide_nucleus_is_found_in_a_large_vocabulary(top_p: float) -> None:
-    logits_V = torch.randn(50_000, generator=torch.Generator().manual_seed(1))
-    found = normalised(logits_V, SamplingParams(top_p=top_p))
-    probabilities, ids = logits_V.double().softmax(0).sort(descending=True, stable=True)
-    size = int((probabilities.cumsum(0) - probabilities < top_p).sum())
-    # float32 weights may move the border by a token or two of so many.
-    assert abs(len(found) - size) <= 2
-    assert found.keys() == set(ids[: len(found)].tolist())
 
 
 @pytest.mark.parametrize(
@@ -134,9 +75,6 @@ def test_ties_go_to_the_lowest_id() -> None:
     logits_V = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 1.0])
     greedy = [sampler(SamplingParams(temperature=0.0)) for _ in range(2)]
     assert choose(Logits(logits_V.expand(2, -1)), greedy) == [1, 1]
-    assert likeliest(logits_V.numpy(), 4).tolist() == [1, 2, 3, 4]
-    assert list(normalised(logits_V, SamplingParams(top_k=3))) == [1, 2, 3]
-    assert list(normalised(logits_V, SamplingParams(top_p=0.7))) == [1, 2, 3]
     tops = token_logprobs(logits_V.expand(3, -1), [0, 0, 0], [1, 3, 6])
     assert [[token for token, _ in entry.top] for entry in tops] == [[1], [1, 3, 2], [1, 3, 2, 4, 5, 0]]
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -22,6 +23,7 @@ namespace NATIVE_LEVEL {
 #include "packed_rows.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "draw.h"
 #include "weights.h"
 #include "gradients.h"
 #include "matvec.h"
@@ -37,6 +39,7 @@ static const Entry TABLE[] = {
     DAEDAL_PACKED_ROWS_KERNELS
     DAEDAL_ATTENTION_KERNELS
     DAEDAL_ROWS_KERNELS DAEDAL_LINEAR_KERNELS DAEDAL_EXPERTS_KERNELS DAEDAL_ELEMENTWISE_KERNELS
+    DAEDAL_DRAW_KERNELS
     DAEDAL_GRADIENTS_KERNELS DAEDAL_HYPER_KERNELS DAEDAL_SPARSE_KERNELS DAEDAL_CHOOSE_KERNELS DAEDAL_COMPRESS_KERNELS
 };
 

@@ -53,8 +53,9 @@ class Native:
         done: int = self._library.daedal_use(None if level is None else level.encode())
         return done == 0
 
-    def run(self, words: "ctypes.Array[ctypes.c_int64]") -> None:
-        self._library.daedal_run(ctypes.addressof(words), len(words), torch.get_num_threads())
+    def run(self, words: "ctypes.Array[ctypes.c_int64]", threads: int | None = None) -> None:
+        """threads: None for all of torch's."""
+        self._library.daedal_run(ctypes.addressof(words), len(words), threads or torch.get_num_threads())
 
 
 def _cache() -> Path:

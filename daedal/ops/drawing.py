@@ -1,9 +1,9 @@
 """One token drawn from one row of logits: temperature, then top-k, top-p of what top-k left, and min-p, as transformers
 orders them (vLLM applies min-p before the other two).
 
-In NumPy, on the CPU, whatever the model runs on: a draw depends on no device, and between two steps on a CPU a first
-call into PyTorch costs more than the arithmetic here. Ties go to the lowest id throughout. Knows no batch and no
-generators.
+On the CPU, whatever the model runs on: by a native kernel, or in NumPy where there is none; a first call into PyTorch
+between two steps on a CPU costs more than the arithmetic here. Ties go to the lowest id throughout. Knows no batch and
+no generators.
 """
 
 import math
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from daedal.infer.request import SamplingParams
+from daedal.ops.backends.cpu.drawing import Filters, NativeDraws
+from daedal.ops.backends.cpu.program import missing
+from daedal.ops.registry import REGISTRY
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -20,7 +22,24 @@ _FIRST_CANDIDATES = 256  # sorted first in search of a nucleus; sixteen times as
 _BLOCK = 128  # weights summed as one, before one of them is looked for: running sums of all are the slowest way
 
 
-def draw(logits_V: Array, params: SamplingParams, uniform: float) -> int:
+class Draws:
+    """Draws from rows of float32 logits, again and again while their memory is written anew. One thread at a time."""
+
+    def __init__(self, logits_NV: Array):
+        self._rows = np.ascontiguousarray(logits_NV)
+        self._native: NativeDraws | None = None
+        if REGISTRY.forced in (None, "cpu") and missing() is None:
+            self._native = NativeDraws(self._rows.shape[1])
+        self._address, self._stride = self._rows.ctypes.data, self._rows.strides[0]
+
+    def draw(self, row: int, filters: Filters, uniform: float) -> int:
+        """The token at the fraction `uniform` of a row's filtered distribution, tokens in the order of their ids."""
+        if self._native is None:
+            return draw(self._rows[row], filters, uniform)
+        return self._native.draw(self._address + row * self._stride, filters, uniform)
+
+
+def draw(logits_V: Array, params: Filters, uniform: float) -> int:
     """The token at the fraction `uniform` of the filtered distribution, tokens in the order of their ids."""
     ids_C, weights_C = filtered(logits_V, params)
     num_whole = len(weights_C) // _BLOCK
@@ -41,7 +60,7 @@ def _locate(weights_C: Array, target: float) -> tuple[int, float]:
     return index, target - (float(cumulative_C[index - 1]) if index else 0.0)
 
 
-def filtered(logits_V: Array, params: SamplingParams) -> tuple[Array | None, Array]:
+def filtered(logits_V: Array, params: Filters) -> tuple[Array | None, Array]:
     """What temperature, top-k, top-p and min-p leave of float32 logits: ids, ascending, and weights, not normalised.
 
     ids are None where nothing is filtered. Top-p keeps the fewest tokens that reach the mass; min-p those of at least
