@@ -23,7 +23,7 @@ from rich.console import Console
 from daedal.bench import calibration
 from daedal.bench.calibration import Effort
 from daedal.bench.machine import Others
-from daedal.bench.timing import Clock, Timing, repeated
+from daedal.bench.timing import Clock, Timing, repeated, shared
 from daedal.bench.workload import Workload
 from daedal.checkpoint.load import load
 from daedal.checkpoint.save import save
@@ -70,7 +70,7 @@ def measured(model: Transformer, batch: int, context: int, clock: Clock, seconds
         yield _point("prefill", batch, held, batch * held, timing)
     load.step()
     before = load.held
-    timing = repeated(load.step, clock=clock, seconds=seconds, most=load.steps_left - 1)
+    timing = shared(load.step, clock=clock, seconds=seconds, most=load.steps_left - 1)
     yield _point("decode", batch, (before + load.held) // 2, batch, timing)
 
 

@@ -95,9 +95,10 @@ class LlamaCpp:
             llama_cpp.llama_memory_seq_rm(memory, sequence, self.held, -1)
         self.past = self.held
 
-    def step(self) -> None:
+    def step(self) -> int:
         self.feed([self.next])
         self.next = int(self.logits(self.sequences).argmax(-1)[0])
+        return 1
 
     def prefill(self, ids: list[int]) -> None:
         if self.context is None or self.sequences > 1 or self.tokens < len(ids):

@@ -165,7 +165,7 @@ class Reader:
 
     def __init__(self, model: Transformer, tokens: int):
         self.length = tokens
-        self.engine = Engine(model, max_batch=1, max_context=tokens + ANSWER, page_size=PAGE)
+        self.engine = Engine(model, max_batch=1, max_context=tokens + ANSWER, page_size=PAGE, stride_ms=None)
         ids = torch.randint(model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
         params = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
         self.engine.add(Request(id="only", prompt=tuple(ids), params=params))

@@ -37,9 +37,9 @@ class Timed:
     def __getattr__(self, name: str) -> Any:
         wanted = getattr(self._meter, name)
 
-        def call(*given: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            result = wanted(*given)
+            result = wanted(*given, **named)
             self.seconds += time.perf_counter() - start
             return result
 
@@ -58,9 +58,10 @@ def measure(model: Any, batch: int) -> dict[str, float]:
     while engine.has_work:
         timed.seconds, start = 0.0, time.perf_counter()
         outputs = engine.step()
-        if len(outputs) == batch and all(len(output.ids) == 1 for output in outputs):
-            whole.append(time.perf_counter() - start)
-            inside.append(timed.seconds)
+        if len(outputs) == batch:
+            passes = max(len(output.ids) for output in outputs)
+            whole.append((time.perf_counter() - start) / passes)
+            inside.append(timed.seconds / passes)
     shares = [part / step for part, step in zip(inside, whole, strict=True)]
     return {
         "batch": batch,

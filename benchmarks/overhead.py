@@ -6,7 +6,8 @@ answers wait while a long prompt is read.
     python benchmarks/overhead.py gaps --milliseconds 25 50 100 200    # of a step that reads prompts beside answers
     python benchmarks/overhead.py share --model PATH --weights int8
 
-Share: each step of the engine is timed as a whole and inside its one native call; what is left is Python's. The two
+Share: each step of the engine is timed as a whole and inside its native calls, one for each pass of the model (a step
+may make several); what is left is Python's, for each token. The two
 engines of `deterministic`, and the settings of `gaps`, are asked in turn, round after round; ratios are medians of the
 rounds' own. Prints a table, and one JSON line last.
 """
@@ -49,7 +50,12 @@ class Timed:
     def replay(self) -> None:
         start = time.perf_counter()
         self._program.replay()
-        self.seconds = time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
+
+    def taken(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class Asked:
@@ -57,7 +63,7 @@ class Asked:
 
     def __init__(self, model: Any, **settings: Any):
         self.engine = daedal.Engine(model, max_context=8192, cache_bytes=1 << 30, **settings)
-        self._vocab_size = model.config.vocab_size
+        self._vocab_size, self.passes = model.config.vocab_size, 1
         self._count = 0
 
     def add(self, length: int, most: int, **sampling: Any) -> str:
@@ -68,9 +74,12 @@ class Asked:
         return str(self._count)
 
     def step(self) -> float:
+        """Seconds. `passes`: tokens that it brought each answer."""
         start = time.perf_counter()
-        self.engine.step()
-        return time.perf_counter() - start
+        outputs = self.engine.step()
+        seconds = time.perf_counter() - start
+        self.passes = max((len(output.ids) for output in outputs), default=0) or 1
+        return seconds
 
     def answering(self, batch: int, **sampling: Any) -> list[str]:
         """So many requests past their prompts."""
@@ -90,7 +99,7 @@ class Asked:
     def decode(self, batch: int, steps: int) -> float:
         """Tokens per second."""
         names = self.answering(batch, temperature=0.0)
-        seconds = statistics.median(self.step() for _ in range(steps))
+        seconds = statistics.median(self.step() / self.passes for _ in range(steps))
         self.clear(names)
         return batch / seconds
 
@@ -127,13 +136,16 @@ def shares(model: Any, weights: str, batches: list[int], steps: int) -> list[Row
                 raise SystemExit(f"no step of {batch} was recorded: {reason or 'there are no native kernels here'}")
             program, timed = recorded._program, Timed(recorded._program)
             recorded._program = timed
-            wholes, natives = zip(*((asked.step(), timed.seconds) for _ in range(steps)), strict=True)
+            asked.step()
+            timed.taken()
+            steps_taken = [(asked.step(), timed.taken(), asked.passes) for _ in range(steps)]
             recorded._program = program
             asked.clear(names)
-            rest = statistics.median(whole - native for whole, native in zip(wholes, natives, strict=True))
-            step = statistics.median(wholes)
-            row = {"weights": weights, "batch": batch, "sampling": sampling, "step_us": step * 1e6}
-            rows.append(row | {"python_us": rest * 1e6, "python_share": rest / step})
+            rest = statistics.median((whole - native) / passes for whole, native, passes in steps_taken)
+            token = statistics.median(whole / passes for whole, _, passes in steps_taken)
+            row = {"weights": weights, "batch": batch, "sampling": sampling, "token_us": token * 1e6}
+            row["passes"] = statistics.fmean(passes for _, _, passes in steps_taken)
+            rows.append(row | {"python_us": rest * 1e6, "python_share": rest / token})
     return rows
 
 

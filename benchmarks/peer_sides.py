@@ -24,8 +24,8 @@ class Side(Protocol):
     def rewind(self) -> None:
         """Back to about the tokens that `start` left."""
 
-    def step(self) -> None:
-        """One more token for every sequence, the likeliest."""
+    def step(self) -> int:
+        """More tokens for every sequence, the likeliest; how many each."""
 
     def prefill(self, ids: list[int]) -> None:
         """One fresh sequence of `ids`, to the choice of its first token."""
@@ -79,7 +79,7 @@ class Daedal:
     def start(self, batch: int, context: int, ids: list[int]) -> None:
         self.context, self.ids = context, ids
         self.drift = max(STEPS, context // 16)
-        self._open(batch, context + self.drift + STEPS + 1)
+        self._open(batch, context + self.drift + STEPS + 2 * self.PAGE)
         self._begin()
 
     def _begin(self) -> None:
@@ -100,10 +100,12 @@ class Daedal:
         if self.steps > self.drift:
             self._begin()
 
-    def step(self) -> None:
+    def step(self) -> int:
         outputs = self.engine.step()
+        (gained,) = {len(output.ids) for output in outputs}
         assert len(outputs) == self.shape[0]
-        self.steps += 1
+        self.steps += gained
+        return gained
 
     def prefill(self, ids: list[int]) -> None:
         if self.shape[0] != 1 or self.shape[1] < len(ids) + 1 or self.engine.has_work:
@@ -166,9 +168,10 @@ class Transformers:
             self.inner.cache.crop(self.depth - self.tokens)
         self.tokens = self.depth
 
-    def step(self) -> None:
+    def step(self) -> int:
         self.inner.feed(1)
         self.tokens += 1
+        return 1
 
     def prefill(self, ids: list[int]) -> None:
         from transformers import DynamicCache
@@ -222,12 +225,14 @@ def bring_in(name: str) -> None:
 
 
 def decode(side: Side, *, seconds: float) -> list[float]:
-    """Seconds of each step, after one that is not counted."""
+    """Seconds of each token, after a step that is not counted."""
     side.rewind()
     side.step()
     times: list[float] = []
     while len(times) < STEPS - 1 and sum(times) < seconds:
-        times.append(_time(side.step))
+        start = time.perf_counter()
+        gained = side.step()
+        times += [(time.perf_counter() - start) / gained] * gained
     return times
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from daedal.bench.timing import Clock, Timing, repeated
+from daedal.bench.timing import Clock, Timing, repeated, shared
 from daedal.bench.workload import Workload
 from daedal.cost import plan
 from daedal.cost.energy import Meter
@@ -126,19 +126,20 @@ def _phases(
 
     short = load.batch * load.context <= _SHORT
     least = 3 if short else 1
-    timing, joules = _metered(load.read_prompts, clock, seconds, meter, least=least, most=1000, warm=short)
+    timing, joules = _metered(repeated, load.read_prompts, clock, seconds, meter, least=least, most=1000, warm=short)
     read = phase("prefill", load.batch * (load.context - 1), load.context - 1, timing, joules)
     load.start()
     load.step()
     before = load.held
     most = max(load.steps_left, 1)
-    timing, joules = _metered(load.step, clock, seconds, meter, least=min(3, most), most=most, warm=False)
+    timing, joules = _metered(shared, load.step, clock, seconds, meter, least=min(3, most), most=most, warm=False)
     held = (before + load.held) // 2
     return [read, phase("decode", load.batch, held, timing, joules)]
 
 
 def _metered(
-    call: Callable[[], object],
+    repeat: Callable[..., Timing],
+    call: Callable[[], int],
     clock: Clock,
     seconds: float,
     meter: Meter | None,
@@ -150,5 +151,5 @@ def _metered(
     if warm:
         call()
     before = None if meter is None else meter.read()
-    timing = repeated(call, clock=clock, seconds=seconds, least=least, most=most, warm=False)
+    timing = repeat(call, clock=clock, seconds=seconds, least=least, most=most, warm=False)
     return timing, None if meter is None or before is None else meter.read() - before

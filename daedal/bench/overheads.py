@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from daedal.bench import small_models
-from daedal.bench.timing import Clock, Timing, repeated
+from daedal.bench.timing import Clock, Timing, repeated, shared
 from daedal.bench.workload import CHUNK, Workload
 from daedal.config import ModelConfig
 from daedal.cost import work
@@ -61,7 +61,7 @@ class Steps:
         """Median seconds of a decoding step."""
         load = self._load(config, batch, SHORT)
         load.start()
-        timing = repeated(load.step, clock=self._clock, seconds=self._seconds, most=load.steps_left - 1)
+        timing = shared(load.step, clock=self._clock, seconds=self._seconds, most=load.steps_left - 1)
         self.timings[name] = timing
         return timing.median
 

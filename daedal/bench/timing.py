@@ -39,11 +39,23 @@ def repeated(
     call: Call, *, clock: Clock, seconds: float, least: int = 5, most: int = MOST, warm: bool = True
 ) -> Timing:
     """Calls until `seconds` are spent, from `least` to `most` times. warm: one call before, not counted."""
+
+    def once() -> int:
+        call()
+        return 1
+
+    return shared(once, clock=clock, seconds=seconds, least=least, most=most, warm=warm)
+
+
+def shared(
+    call: Callable[[], int], *, clock: Clock, seconds: float, least: int = 5, most: int = MOST, warm: bool = True
+) -> Timing:
+    """`repeated` of a thing that a call does as many times as it returns, each of which took as long as the others."""
     if warm:
         call()
     found: list[float] = []
     while len(found) < least or (sum(found) < seconds and len(found) < most):
         started = clock()
-        call()
-        found.append(max(clock() - started, 1e-9))
+        count = call()
+        found += [max(clock() - started, 1e-9) / count] * count
     return Timing(seconds=found)

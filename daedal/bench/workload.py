@@ -53,12 +53,12 @@ class Workload:
 
     @property
     def held(self) -> int:
-        """Tokens that the sequences hold now, one with another; the next step adds one to each."""
+        """Tokens that the sequences hold now, one with another."""
         return self._prompt + self._steps
 
     @property
     def steps_left(self) -> int:
-        """Steps until the sequences have reached the length they may have."""
+        """Tokens until the sequences have reached the length they may have."""
         return self._room - self._steps if self._started else 0
 
     def read_prompts(self) -> int:
@@ -84,11 +84,13 @@ class Workload:
         if self._engine.stats().num_preemptions:
             raise ConfigError(self._crowded())
 
-    def step(self) -> None:
-        """One more token for every sequence; may be called `steps_left` times."""
+    def step(self) -> int:
+        """More tokens for every sequence; how many each, at most `steps_left`, which must not be 0."""
         outputs = self._engine.step()
+        (gained,) = {len(output.ids) for output in outputs}
         assert len(outputs) == self.batch
-        self._steps += 1
+        self._steps += gained
+        return gained
 
     def _clear(self) -> None:
         self._started = False

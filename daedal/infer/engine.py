@@ -30,6 +30,7 @@ from daedal.infer.speculative import Acceptance, Speculation
 from daedal.infer.stats import EngineStats, ExpertsSeen, StepError
 from daedal.infer.step import Chunk, Step
 from daedal.infer.stopping import Ending
+from daedal.infer.stride import Stride, go_on
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -50,7 +51,8 @@ class Engine:
     then read slower, in chunks of `max_step_tokens - max_batch` tokens, and a request waits until the cache has room
     for all of it. prefill_ms: how long a step may take that reads prompts beside answers under way: the engine learns
     from its steps how many tokens that is; None for no bound, and no effect on a deterministic engine. clock: gives
-    seconds.
+    seconds. stride_ms: a step of nothing but answers, beside which no request waits, may bring several tokens of each
+    as long as it takes no longer; the tokens are the same. None for one token a step.
     kv_cache_dtype: "auto" keeps rows of the past in the model's dtype, "fp8" packs what latent attention
     keeps in 8 bits, its rotated part in bfloat16: 56 % of the bytes, and answers that differ a little. prefix_caching:
     a request starts behind the longest beginning, in whole pages, that an earlier one had too and the cache still
@@ -75,6 +77,7 @@ class Engine:
         speculate: Speculation | None = None,
         deterministic: bool = False,
         prefill_ms: float | None = None,
+        stride_ms: float | None = 25.0,
         clock: Callable[[], float] = time.perf_counter,
         kv_cache_dtype: KvDtype = "auto",
         prefix_caching: bool = True,
@@ -105,17 +108,17 @@ class Engine:
         self._limits = self._make_limits()
         self._end_ids = model.config.eos_token_ids | (tokenizer.eos_ids if tokenizer is not None else frozenset())
         max_drafts = 0 if speculate is None else speculate.draft_tokens
-        self._answers = Answers()
+        self._answers, self._acceptance = Answers(), Acceptance(accepted_at=[0] * max_drafts)
         self._prefixes = prefixes_for(
             plan, self._pages, max_batch=max_batch, chunk=chunk, max_drafts=max_drafts, keeps=prefix_caching
         )
         self._store = store_for(prefix_directory, self._prefixes, plan, self._pages, self._runner)
         self._scheduler = self._make_scheduler(max_step_tokens, max_drafts, chunk)
         self._clock, self._pace = clock, Pace.within(prefill_ms, most=max_step_tokens)
+        self._stride = Stride.within(stride_ms)
         self._forecast = Forecast(self._answers)
         self._admission = Admission(max_batch, max_waiting, self._scheduler, self._prefixes, self._forecast, clock)
         self._meter = None if tariff is None else Meter(model.config, tariff, speculate, clock=clock)
-        self._acceptance = Acceptance(accepted_at=[0] * max_drafts)
         self._look: Look | None = None
         self._live: dict[str, Live] = {}
         self._undelivered: list[Output] = []
@@ -273,7 +276,8 @@ class Engine:
         are then dropped and their pages freed; all others go on with the next step.
         """
         delivered, self._undelivered = self._undelivered, []
-        step = self._scheduler.schedule(None if self._pace is None else self._pace.budget)
+        more = 0 if self._stride is None else self._stride.more
+        step = self._scheduler.schedule(None if self._pace is None else self._pace.budget, more)
         start = self._clock()
         for request_id in step.started:
             live = self._live[request_id]
@@ -281,7 +285,7 @@ class Engine:
         if not step.chunks:
             return delivered
         try:
-            outputs = self._run(step)
+            outputs, passes = self._run(step)
         except BaseException as error:
             self._prefixes.forget()  # nobody knows how far the step came
             if not isinstance(error, Exception):
@@ -293,11 +297,16 @@ class Engine:
                     self._forget(request_id)
             message = f"a step with {len(request_ids)} requests failed and they were dropped: {error}"
             raise StepError(message, request_ids=request_ids) from error
-        now, num_tokens = self._clock(), step.num_prompt_tokens
-        self._forecast.took(num_tokens, now - start, now)
+        self._timed(step, passes, start, self._clock())
+        return delivered + outputs
+
+    def _timed(self, step: Step, passes: int, start: float, now: float) -> None:
+        num_tokens = step.num_prompt_tokens
+        self._forecast.took(num_tokens, (now - start) / passes, now)
         if self._pace is not None and num_tokens:
             self._pace.took(num_tokens, now - start)
-        return delivered + outputs
+        if self._stride is not None and not num_tokens:
+            self._stride.took(passes, now - start)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -339,7 +348,8 @@ class Engine:
         if self._meter is not None:
             self._meter.forget(request_id)
 
-    def _run(self, step: Step) -> list[Output]:
+    def _run(self, step: Step) -> tuple[list[Output], int]:
+        """What is new, and how many passes of the model brought it."""
         if self._meter is not None:
             self._meter.begin()
         self._runner.copy(step.copies)
@@ -352,6 +362,7 @@ class Engine:
             rows.score_prompts(prompts.tensor)
         samplers, drafts = [live.sampler for live, _ in rows.samples], [ids for _, ids in rows.samples]
         chosen = verify(logits, samplers, drafts)
+        passes = 1 + go_on(self._runner, step.more, [live for live, _ in rows.samples], chosen)
         entries = rows.score_chosen(logits.tensor, chosen)
         by_id = {live.request.id: ids for (live, _), ids in zip(rows.samples, chosen, strict=True)}
         outputs = []
@@ -366,7 +377,7 @@ class Engine:
         self._runner.follow(step, states, going_on)
         if self._meter is not None:
             held = {name: self._plan.held_bytes(pages) for name, pages in self._scheduler.held().items()}
-            self._meter.ran(step, rows.counts(), held)
+            self._meter.ran(step, rows.counts(), held, more=passes - 1)
         for output in outputs:
             if output.finish_reason is not None:
                 output.spent = None if self._meter is None else self._meter.spent(output.request_id)
@@ -374,7 +385,7 @@ class Engine:
                 if self._store is not None:
                     self._store.keep(*self._scheduler.beginning(output.request_id))
                 self._forget(output.request_id)
-        return outputs
+        return outputs, passes
 
     def _count(self, chunk: Chunk, output: Output) -> None:
         live = self._live[output.request_id]

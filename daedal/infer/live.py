@@ -30,6 +30,12 @@ class Live:
     waited: float | None = None
     prompt_is_read: bool = False
 
+    @property
+    def needs_no_look(self) -> bool:
+        """Whether nothing but its next token is wanted from logits, and that may be any."""
+        params = self.request.params
+        return params.logprobs is None and params.prompt_logprobs is None and not self.sampler.has_mask
+
     def unscored(self, chunk: Chunk) -> range:
         """Positions of the prompt in `chunk` whose next token's log-probability is wanted and not known.
 

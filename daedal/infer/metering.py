@@ -49,14 +49,14 @@ class Meter:
         if self._energy is not None:
             self._joules = self._energy.read()
 
-    def ran(self, step: Step, rows: Mapping[str, int], held: Mapping[str, int]) -> None:
+    def ran(self, step: Step, rows: Mapping[str, int], held: Mapping[str, int], *, more: int = 0) -> None:
         """It is over. rows: of logits, by request. held: bytes of the cache that each request has, those that waited in
-        this step included.
+        this step included. more: passes beyond the first, each with a token of every answer.
         """
         now = self._clock()
         seconds = now - self._start
         joules = 0.0 if self._energy is None else self._energy.read() - self._joules
-        work = [self._work(chunk, rows.get(chunk.request_id, 0)) for chunk in step.chunks]
+        work = [self._work(chunk, rows.get(chunk.request_id, 0) + more, more) for chunk in step.chunks]
         every = sum(work)
         for chunk, flops in zip(step.chunks, work, strict=True):
             share = flops / every
@@ -76,8 +76,8 @@ class Meter:
         self._tallies.pop(request_id, None)
         self._paid_until.pop(request_id, None)
 
-    def _work(self, chunk: Chunk, rows: int) -> float:
-        flops = self._model.flops(chunk.past, len(chunk.fed), rows)
+    def _work(self, chunk: Chunk, rows: int, more: int) -> float:
+        flops = self._model.flops(chunk.past, len(chunk.fed) + more, rows)
         if self._drafter is None:
             return flops
         guesses = len(chunk.drafts)

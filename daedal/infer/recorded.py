@@ -32,22 +32,22 @@ class RecordedSteps:
         self._model = model
         self._cache = cache
         self._max_pages = max_pages
-        self._steps: dict[int, _Recorded] = {}
+        self._steps: dict[int, RecordedStep] = {}
         self.refusal = model.refuses_recording
         if model.device.type != "cpu":
             self.refusal = f"native kernels run on the CPU, not on {model.device}"
 
-    def replay(self, chunks: Sequence[Chunk]) -> Logits | None:
-        """A row for each chunk, overwritten by the next step; None where no such step was recorded."""
+    def find(self, chunks: Sequence[Chunk]) -> "RecordedStep | None":
+        """What replays these chunks; None where no such step was recorded."""
         recorded = self._steps.get(len(chunks))
-        return recorded.replay(chunks) if recorded is not None and self._takes(chunks) else None
+        return recorded if recorded is not None and self._takes(chunks) else None
 
     def record(self, chunks: Sequence[Chunk]) -> Logits | None:
         """The same for a step that was not; None where it is none of this kind."""
         if not self._takes(chunks):
             return None
         try:
-            recorded = _Recorded(self._model, self._cache, chunks, self._max_pages)
+            recorded = RecordedStep(self._model, self._cache, chunks, self._max_pages)
         except Unrecordable as reason:
             self.refusal = str(reason)
             return None
@@ -77,7 +77,7 @@ def _view(numbers: Tensor) -> memoryview:
     return numbers.numpy().data
 
 
-class _Recorded:
+class RecordedStep:
     """One program and the memory of its inputs and of its result."""
 
     def __init__(self, model: "Transformer", cache: PagedCache, chunks: Sequence[Chunk], max_pages: int):
@@ -121,7 +121,15 @@ class _Recorded:
         self.logits = Logits(logits_BV, peaks=(values_B, places_B))
 
     def replay(self, chunks: Sequence[Chunk]) -> Logits:
+        """A row for each chunk, overwritten by the next step."""
         self._fill(chunks)
+        self._program.replay()
+        return self.logits
+
+    def again(self, tokens: Sequence[int]) -> Logits:
+        """The next step of the same sequences, whose tables stay."""
+        for row, token in enumerate(tokens):
+            self._place(row, token, self._positions[row] + 1, self._tables[row])
         self._program.replay()
         return self.logits
 
@@ -132,18 +140,22 @@ class _Recorded:
 
     def _fill(self, chunks: Sequence[Chunk]) -> None:
         """Through views of memory: a write through torch costs more than all the rest."""
-        size = self._page_size
         for row, chunk in enumerate(chunks):
-            past, table = chunk.past, chunk.table
-            self._ids[row] = chunk.fed[0]
-            self._positions[row] = self._told_pasts[row] = past
-            self._written[row] = table[past // size] * size + past % size
+            table = chunk.table
+            self._place(row, chunk.fed[0], chunk.past, table)
             self._told_states[row] = chunk.state
-            for rate, lengths in self._told_lengths:
-                lengths[row] = (past + 1) // rate
-            for rate, firsts in self._told_firsts:
-                firsts[row] = past - past % rate
             # The scheduler makes a new tuple when the pages change, and only then.
             if table is not self._tables[row]:
                 self._tables[row] = table
                 self._pages[row, : len(table)] = table
+
+    def _place(self, row: int, token: int, past: int, table: tuple[int, ...]) -> None:
+        """A sequence's token, which comes after so many others."""
+        size = self._page_size
+        self._ids[row] = token
+        self._positions[row] = self._told_pasts[row] = past
+        self._written[row] = table[past // size] * size + past % size
+        for rate, lengths in self._told_lengths:
+            lengths[row] = (past + 1) // rate
+        for rate, firsts in self._told_firsts:
+            firsts[row] = past - past % rate

@@ -20,7 +20,7 @@ from daedal.infer.following import Leader
 from daedal.infer.looking import Look
 from daedal.infer.memory import Kept, PagePlan
 from daedal.infer.prefixes import Copy
-from daedal.infer.recorded import RecordedSteps
+from daedal.infer.recorded import RecordedStep, RecordedSteps
 from daedal.infer.sampling import Logits
 from daedal.infer.speculative import Drafter, Speculation
 from daedal.infer.step import Step
@@ -62,6 +62,7 @@ class Runner:
         self._drafter = None if speculate is None else self._make_drafter(speculate)
         self._leader = None if model.team is None else Leader(model.team, plan)
         self._recorded = RecordedSteps(model, self._caches[0], max_pages=-(-plan.context // plan.page_size))
+        self._latest: RecordedStep | None = None  # what was just replayed, if it was
 
     def _make_drafter(self, speculate: Speculation) -> Drafter:
         if speculate.method == "mtp":
@@ -116,8 +117,9 @@ class Runner:
             look is None and not isinstance(self._drafter, MtpDrafter) and list(rows) == list(range(len(step.chunks)))
         )
         # Between two replayed steps nothing touches PyTorch, which is slow to call when the caches are cold.
-        if records and (logits := self._recorded.replay(step.chunks)) is not None:
-            return logits, None
+        self._latest = self._recorded.find(step.chunks) if records else None
+        if self._latest is not None:
+            return self._latest.replay(step.chunks), None
         with torch.inference_mode(), ops.exactly(self._exact):
             if records and (logits := self._recorded.record(step.chunks)) is not None:
                 return logits, None
@@ -134,6 +136,12 @@ class Runner:
         if look is not None:
             look.ran(step.num_tokens)
         return self._model.head(self._model.finish(states[rows_N])), states
+
+    def again(self, tokens: Sequence[int]) -> Logits | None:
+        """Logits after one more token of each sequence of a step of answers that was just run; there is room for it on
+        their pages. None where that step cannot be repeated so.
+        """
+        return None if self._latest is None else self._latest.again(tokens)
 
     def follow(self, step: Step, states: Tensor | None, chosen: Mapping[str, Sequence[int]]) -> None:
         """After a step and its `states`: what each request that goes on has chosen in it."""

@@ -131,11 +131,12 @@ class Scheduler:
             self._running.remove(sequence)
             self._release(sequence)
 
-    def schedule(self, most_prompt_tokens: int | None = None) -> Step:
+    def schedule(self, most_prompt_tokens: int | None = None, more: int = 0) -> Step:
         """The next step; without chunks only when there are no requests, or none but finished ones.
 
         most_prompt_tokens: how many may be read beside answers that go on, at least 1; nothing else bounds prompts that
-        nobody waits for. Where prompts are fed in chunks of a size, that size it is.
+        nobody waits for. Where prompts are fed in chunks of a size, that size it is. more: tokens that answers may gain
+        beyond their next where nobody else wants the step.
 
         Drafts take what is left of the budget and of the pages; of the budget that answers under way leave, half is
         theirs before prompts, so that a long prompt does not silence them, nor they it.
@@ -162,11 +163,12 @@ class Scheduler:
             preempted=tuple(preempted),
             copies=tuple(self._copies),
             started=tuple(self._started),
+            more=self._more(shares, more),
         )
 
     def commit(self, step: Step, sampled: Mapping[str, Sequence[int]]) -> None:
         """Records that `step` ran and which tokens each request with `samples` chose: one, and one more for each draft
-        that was chosen too. The others are withdrawn, by being fed no more.
+        that was chosen too, or for each further pass. The others are withdrawn, by being fed no more.
 
         A request removed since the step was scheduled is passed over.
         """
@@ -178,7 +180,7 @@ class Scheduler:
             sequence.num_cached += len(chunk.ids)
             if chunk.samples:
                 chosen = sampled[chunk.request_id]
-                assert tuple(chosen[:-1]) == chunk.drafts[: len(chosen) - 1]
+                assert len(chosen) <= 1 + step.more or tuple(chosen[:-1]) == chunk.drafts[: len(chosen) - 1]
                 sequence.num_cached += len(chosen) - 1
                 sequence.tokens.extend(chosen)
             # What drafts has read all that was fed before, and may be behind with the rest.
@@ -229,6 +231,17 @@ class Scheduler:
         wanted = sum(self._useful_drafts(sequence) for sequence in self._running)
         answering = sum(sequence.num_remaining == 1 for sequence in self._running)
         return min(wanted, max(self._max_step_tokens - answering, 0) // 2)
+
+    def _more(self, shares: Sequence[tuple[Track, int]], most: int) -> int:
+        """Tokens that each can gain beyond its next, none of them on another page than that: where a page ends, rings
+        are kept, and more pages asked for.
+        """
+        alone = shares and not self._max_drafts and not len(self._waiting) and len(shares) == len(self._running)
+        if not alone or not all(sequence.answers for sequence, _ in shares):
+            return 0
+        on_page = (-len(sequence.tokens) % self._page_size for sequence, _ in shares)
+        of_answer = (sequence.most - len(sequence.tokens) - 1 for sequence, _ in shares)
+        return max(min(most, *on_page, *of_answer), 0)
 
     def _keep_ring(self, sequence: Track) -> None:
         """For those who may start from where the sequence has come to."""

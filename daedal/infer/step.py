@@ -45,12 +45,14 @@ class Chunk:
 class Step:
     """What runs together. `preempted`: requests that lost their pages while it was made, the least urgent first.
     `copies`: what must be copied before anything runs, one after the other. `started`: requests that waited until now.
+    `more`: tokens that every one of its answers may gain beyond its next, by further passes of the same step.
     """
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[str, ...] = ()
     copies: tuple[Copy, ...] = ()
     started: tuple[str, ...] = ()
+    more: int = 0
 
     @property
     def num_tokens(self) -> int:

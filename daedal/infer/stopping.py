@@ -84,6 +84,10 @@ class Ending:
         """The one that ended the answer."""
         return self._stop_strings.found
 
+    def ends_with(self, token: int) -> bool:
+        """Whether the answer is over with this token, whatever its text."""
+        return token in self._stop_ids
+
     def push(self, token: int) -> tuple[str | None, FinishReason | None]:
         """The text that `token` brings out, and the reason if the answer ends with it.
 

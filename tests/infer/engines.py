@@ -57,7 +57,7 @@ def paged(
     *,
     max_batch: int = 16,
     speculate: Speculation | None = None,
-    **sizes: int,
+    **sizes: int | None,
 ) -> Engine:
     """An engine whose cache has room for so many tokens, on small pages."""
     page_size = fitting(model, 4)

@@ -148,7 +148,10 @@ def test_stop_strings_cut_the_text_and_streaming_shows_it_once() -> None:
     outputs = [output for _ in range(12) if engine.has_work for output in engine.step()]
     assert "".join(output.text or "" for output in outputs) == free.text[: free.text.index(stop)]
     assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["stop"]
-    assert [token for output in outputs for token in output.ids] == free.ids[: len(outputs)]
+    told = [token for output in outputs for token in output.ids]
+    assert told == free.ids[: len(told)]
+    assert stop in "".join(f"<{token}>" for token in told)
+    assert stop not in "".join(f"<{token}>" for token in told[:-1])
     assert_idle(engine)
 
 

@@ -148,7 +148,7 @@ def test_replayed_steps_equal_those_run_op_by_op(family: str, packed: Callable[[
     model = packed(family)
 
     def make() -> Engine:
-        return poisoned(Engine(model, page_size=fitting(model, 4), max_batch=3, kv_cache_dtype="fp8"))
+        return poisoned(Engine(model, page_size=fitting(model, 4), max_batch=3, kv_cache_dtype="fp8", stride_ms=None))
 
     recording, _ = _equal(make, [(0, 5, 33), (4, 1, 20), (11, 123, 9), (40, 3, 6)])
     assert recording.replayed > 30

@@ -65,14 +65,14 @@ def watched(engine: Engine, clock: Clock) -> list[Step]:
     steps: list[Step] = []
     schedule = engine._scheduler.schedule
 
-    def noted(most_prompt_tokens: int | None) -> Step:
-        step = schedule(most_prompt_tokens)
+    def noted(most_prompt_tokens: int | None, more: int) -> Step:
+        step = schedule(most_prompt_tokens, more)
         steps.append(step)
         return step
 
     run = engine._run
 
-    def timed(step: Step) -> list[object]:
+    def timed(step: Step) -> tuple[list[object], int]:
         clock.now += step.num_tokens * clock.per_token
         return run(step)
 

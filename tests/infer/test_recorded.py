@@ -116,7 +116,9 @@ def test_replayed_steps_equal_those_run_op_by_op(
     """Sequences join at odd steps and leave at others, so steps of one to three are recorded and met again."""
     model = packed(family, weights)
     arrivals = [(0, 5, 33), (4, 1, 20), (11, 23, 9), (40, 3, 6)]
-    recording, _ = _equal(lambda: poisoned(Engine(model, page_size=fitting(model, 4), max_batch=3)), arrivals)
+    recording, _ = _equal(
+        lambda: poisoned(Engine(model, page_size=fitting(model, 4), max_batch=3, stride_ms=None)), arrivals
+    )
     assert set(recording.recorded._steps) == {1, 2, 3}
     assert recording.replayed > 30
 
@@ -127,7 +129,7 @@ def test_sequences_that_lose_their_pages_come_back(family: str, packed: Callable
     model = packed(family, "int8")
     size = fitting(model, 4)
     arrivals = [(0, size - 3, 10), (0, size - 2, 9), (1, size - 1, 7)]
-    recording, _ = _equal(lambda: paged(model, 3 * size, max_batch=3, max_step_tokens=37), arrivals)
+    recording, _ = _equal(lambda: paged(model, 3 * size, max_batch=3, max_step_tokens=37, stride_ms=None), arrivals)
     assert recording.engine.stats().num_preemptions > 0
     assert recording.replayed > 10
 
@@ -137,7 +139,7 @@ def test_v4_across_windows_groups_entries_and_pages(weights: str, packed: Callab
     """Windows of 16 begin to slide, groups of 4 and of 128 close, choices of 7 leave entries out, pages of 128 end."""
     model = packed("deepseek_v4", weights)
     arrivals = [(0, 2, 40), (2, 119, 30), (5, 246, 25), (9, 381, 140)]
-    recording, _ = _equal(lambda: poisoned(Engine(model, page_size=128, max_batch=4)), arrivals)
+    recording, _ = _equal(lambda: poisoned(Engine(model, page_size=128, max_batch=4, stride_ms=None)), arrivals)
     assert set(recording.recorded._steps) == {1, 2, 3, 4}
     assert recording.replayed > 120
 
