@@ -78,6 +78,19 @@ def test_logits_and_greedy_ids_are_the_models_own(tmp_path: Path, family: str) -
 
 
 @only_with_mindspore
+def test_models_of_one_process_share_no_graph_that_is_not_theirs(tmp_path: Path) -> None:
+    """Layers that look alike are compiled once: other weights, and a config that differs in a constant, must not be."""
+    for name, seed, eps in (("first", 0, 1e-5), ("other-weights", 1, 1e-5), ("other-config", 0, 0.1)):
+        source = tiny_checkpoint(tmp_path / "source" / name, "deepseek_v3", seed=seed, rms_norm_eps=eps)
+        _record(source, tmp_path / "out" / name)
+    done = _run(MINDSPORE, str(ROOT / "benchmarks" / "mindspore_parity.py"), str(tmp_path / "out"), "--modes", "graph")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["model"] for row in rows] == ["first", "other-config", "other-weights"]
+    assert all(row["furthest"] <= 1e-5 and row["same"] == row["texts"] == 2 for row in rows)
+
+
+@only_with_mindspore
 def test_the_command_continues_a_prompt_as_the_engine_does(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "deepseek_v3")
     export(source, tmp_path / "out")
