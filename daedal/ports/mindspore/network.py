@@ -8,7 +8,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
 from daedal.config import ModelConfig
 from daedal.ports.mindspore.attention import DenseAttention, LatentAttention
@@ -20,15 +20,20 @@ _HIDDEN = -1e30  # added to the score of a position that a token may not see
 
 
 class Layer(nn.Cell):
-    """Attention, then feed-forward, each on the normed input and added to it."""
+    """Attention, then feed-forward of one kind, "dense" or "sparse", each on the normed input and added to it.
 
-    def __init__(self, config: ModelConfig, layer: int, slots: int, dtype: Any):
+    Layers made with equal arguments are compiled once: MindSpore keeps the graph of the first under what its arguments
+    look like, and gives each of the others a copy with parameters of its own. So a layer is not told its number.
+    """
+
+    @lazy_inline(policy="front")
+    def __init__(self, config: ModelConfig, kind: str, slots: int, dtype: Any):
         super().__init__()
         attention = LatentAttention if config.is_latent else DenseAttention
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = attention(config, slots, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if config.mlp_kind(layer) == "dense":
+        if kind == "dense":
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
         else:
             self.mlp = MoE(config, dtype)
@@ -58,7 +63,8 @@ class Network(nn.Cell):
     def __init__(self, config: ModelConfig, *, slots: int, dtype: Any):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nn.CellList([Layer(config, layer, slots, dtype) for layer in range(config.num_hidden_layers)])
+        kinds = [config.mlp_kind(layer) for layer in range(config.num_hidden_layers)]
+        self.layers = nn.CellList([Layer(config, kind, slots, dtype) for kind in kinds])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.tied = config.tie_word_embeddings
         if not self.tied:
