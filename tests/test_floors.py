@@ -1,6 +1,7 @@
 """The checkers find a planted breach of each kind, and nothing in the house as it stands."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_set_up_is_repeated_only_when_something_changed(tmp_path: Path) -> None:
     assert venv.installed_extras(stamp, venv.fingerprint(tmp_path)) is None
     stamp.write_text('{"fingerprint"')
     assert venv.installed_extras(stamp, before) is None
+
+
+def test_an_environment_of_another_python_is_known(tmp_path: Path) -> None:
+    """Both are 3.11, say, and neither can import what the other has compiled."""
+    assert venv.other_python(tmp_path) is None
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.11.0rc1\n")
+    assert venv.other_python(tmp_path) == "3.11.0rc1"
+    (tmp_path / "pyvenv.cfg").write_text(f"version = {platform.python_version()}\nhome = /usr/bin\n")
+    assert venv.other_python(tmp_path) is None
 
 
 def test_an_index_that_never_answers_is_not_waited_for() -> None:

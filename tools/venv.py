@@ -72,6 +72,19 @@ def torch_index_options(url: str) -> list[str]:
     return []
 
 
+def other_python(environment: Path) -> str | None:
+    """The version of the Python that made an environment, where that is not this one: what one has installed the other
+    cannot import.
+    """
+    try:
+        lines = (environment / "pyvenv.cfg").read_text().splitlines()
+    except OSError:
+        return None
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
+    version = fields.get("version")
+    return None if version == platform.python_version() else version
+
+
 def install(root: Path, extras: set[str], torch_index: str) -> None:
     """Creates the environment where it is missing and installs the project, pinned and editable, with `extras`."""
     environment = root / ".venv"
@@ -79,7 +92,11 @@ def install(root: Path, extras: set[str], torch_index: str) -> None:
     stamp = environment / "stamp.json"
     stamp.unlink(missing_ok=True)
     say(f"setting up {environment} for: {', '.join(sorted(extras))}")
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    made_by = other_python(environment)
+    if made_by is not None:
+        say(f"{environment} was made by Python {made_by}: it is made anew by {platform.python_version()}")
+    clear = [] if made_by is None else ["--clear"]
+    subprocess.run([sys.executable, "-m", "venv", *clear, str(environment)], check=True)
     # --no-compile: bytecode of what is never imported costs half a minute.
     command = [str(python), "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
     command += [] if sys.stderr.isatty() else ["--quiet"]
