@@ -1,7 +1,6 @@
 """Native attention against the reference in float64: every instruction set present, pages in any order with NaN in rows
 that nobody wrote, ragged batches. The same bits for any number of threads, any batch, and a step that is replayed."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -41,14 +40,6 @@ ODD = Form(6, 2, 33, 21, page=5)
 TINY_PAGES = Form(3, 0, 32, 17, page=1)
 HALF_COLUMNS = Form(2, 1, 64, 96, page=24)
 FORMS = (LATENT, WIDE_LATENT, GROUPED, NAIVE, ODD, TINY_PAGES, HALF_COLUMNS)
-
-
-@pytest.fixture(params=program.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not program.native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    program.native().use(None)
 
 
 def _starts(counts: list[int]) -> tuple[int, ...]:

@@ -1,8 +1,6 @@
 """Native routed experts at every level of this CPU: all formats against float64 and against the native linear maps,
 and bit-equal whatever the threads and the batch."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,14 +18,6 @@ from tests.ops.packs import random_packed
 pytestmark = needs_kernels
 
 Job = tuple[Tensor, Tensor, Tensor, Packed, Packed]
-
-
-@pytest.fixture(params=program.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not program.native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    program.native().use(None)
 
 
 def _job(name: str, tokens: int, active: int, *, experts: int = 5, width: int = 48, dim: int = 96) -> Job:

@@ -1,8 +1,6 @@
 """Native linear maps at every level of this CPU: all formats against float64, and bit-equal whatever the threads and
 the batch."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,14 +17,6 @@ pytestmark = needs_kernels
 
 LEVELS = program.LEVELS
 SHAPES = ((5, 33), (37, 96), (96, 320))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not program.native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    program.native().use(None)
 
 
 def _bound(name: str, x_TK: Tensor, weight: Packed) -> Tensor:

@@ -1,28 +1,16 @@
 """Native norms, rotation, gates and routing at every instruction set of this CPU, and recorded programs of them."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from daedal import ops
 from daedal.ops import Program, trace
-from daedal.ops.backends.cpu.program import LEVELS, native
 from daedal.ops.backends.cpu.rows import METHODS, SCORINGS
 from daedal.ops.rows import Unrecordable
 from tests.native import needs_kernels
 
 pytestmark = needs_kernels
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; those that this CPU lacks are passed over."""
-    if not native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    native().use(None)
 
 
 def _both(op: str, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:

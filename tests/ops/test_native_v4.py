@@ -2,7 +2,7 @@
 the model computes, the same bits for any number of threads and any batch, and steps that are replayed on new numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import pytest
@@ -23,14 +23,6 @@ from tests.tiny import tiny_model
 pytestmark = needs_kernels
 
 TYPES = ((torch.float32, 2e-5), (torch.bfloat16, 1e-2))
-
-
-@pytest.fixture(params=program.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not program.native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    program.native().use(None)
 
 
 def _starts(counts: Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Packed rows: what packing keeps and loses, kernels that store and read them at every instruction set, against the
 reference on the same bytes."""
 
-from collections.abc import Iterator
 from itertools import accumulate
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.errors import BackendError
-from daedal.ops.backends.cpu import program
 from daedal.ops.packed_rows import GROUP, PackedRows
 from daedal.ops.rings import RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Pages
@@ -18,14 +16,6 @@ from tests.native import needs_kernels
 
 # Model (a), V3, V4; short groups, no exact part, widths that no vector divides.
 FORMS = [(256, 32), (512, 64), (448, 64), (24, 8), (13, 7), (65, 3), (128, 0)]
-
-
-@pytest.fixture(params=program.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not program.native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    program.native().use(None)
 
 
 def _rows(count: int, dim: int) -> Tensor:

@@ -11,17 +11,8 @@ from torch import Tensor
 from daedal import ops
 from daedal.ops import softmaxes
 from daedal.ops.backends.cpu.gradients import causal_declines
-from daedal.ops.backends.cpu.program import LEVELS, missing, native
+from daedal.ops.backends.cpu.program import missing
 from tests.native import needs_kernels
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; those that this CPU lacks are passed over."""
-    if missing() is not None or not native().use(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    native().use(None)
 
 
 @pytest.fixture(params=["kernels", "torch"])
