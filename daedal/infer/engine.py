@@ -30,7 +30,7 @@ from daedal.infer.speculative import Acceptance, Speculation
 from daedal.infer.stats import EngineStats, ExpertsSeen, StepError
 from daedal.infer.step import Chunk, Step
 from daedal.infer.stopping import Ending
-from daedal.infer.stride import Stride, go_on
+from daedal.infer.stride import Stride
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -84,8 +84,7 @@ class Engine:
         prefix_directory: PrefixDirectory | None = None,
         tariff: Tariff | None = None,
     ):
-        self._model, self._tokenizer = model, tokenizer
-        self._max_batch = max_batch
+        self._model, self._tokenizer, self._max_batch = model, tokenizer, max_batch
         plan = plan_pages(
             kept(model, speculate),
             device=model.device,
@@ -220,6 +219,10 @@ class Engine:
             priority=request.priority,
         )
 
+    def heed(self, beckons: Callable[[], bool]) -> None:
+        """A step of several passes ends after the one under way once `beckons`, asked in this thread, says so."""
+        self._stride.beckons = beckons
+
     def look(self) -> None:
         """Watches which experts the next steps choose; `seen` has it once they ran."""
         if self._look is None:
@@ -276,8 +279,7 @@ class Engine:
         are then dropped and their pages freed; all others go on with the next step.
         """
         delivered, self._undelivered = self._undelivered, []
-        more = 0 if self._stride is None else self._stride.more
-        step = self._scheduler.schedule(None if self._pace is None else self._pace.budget, more)
+        step = self._scheduler.schedule(None if self._pace is None else self._pace.budget, self._stride.more)
         start = self._clock()
         for request_id in step.started:
             live = self._live[request_id]
@@ -303,10 +305,10 @@ class Engine:
     def _timed(self, step: Step, passes: int, start: float, now: float) -> None:
         num_tokens = step.num_prompt_tokens
         self._forecast.took(num_tokens, (now - start) / passes, now)
-        if self._pace is not None and num_tokens:
-            self._pace.took(num_tokens, now - start)
-        if self._stride is not None and not num_tokens:
+        if not num_tokens:
             self._stride.took(passes, now - start)
+        elif self._pace is not None:
+            self._pace.took(num_tokens, now - start)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -360,9 +362,8 @@ class Engine:
             prompts, logits = map(Logits, logits.tensor.tensor_split([len(rows.prompt_rows)]))
             check_finite(prompts)
             rows.score_prompts(prompts.tensor)
-        samplers, drafts = [live.sampler for live, _ in rows.samples], [ids for _, ids in rows.samples]
-        chosen = verify(logits, samplers, drafts)
-        passes = 1 + go_on(self._runner, step.more, [live for live, _ in rows.samples], chosen)
+        chosen = verify(logits, [live.sampler for live, _ in rows.samples], [ids for _, ids in rows.samples])
+        passes = 1 + self._stride.go_on(self._runner, step.more, [live for live, _ in rows.samples], chosen)
         entries = rows.score_chosen(logits.tensor, chosen)
         by_id = {live.request.id: ids for (live, _), ids in zip(rows.samples, chosen, strict=True)}
         outputs = []

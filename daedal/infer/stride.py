@@ -7,7 +7,7 @@ seconds and requests under way: no scheduling, no clock.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from daedal.errors import ConfigError
 from daedal.infer.live import Live
@@ -18,18 +18,21 @@ _NEWEST = 0.25  # the weight of the newest step in what a pass takes
 
 
 class Stride:
-    """seconds: how long a step of answers may take that makes more than one pass."""
+    """seconds: how long a step of answers may take that makes more than one pass. beckons: whether something new is to
+    be done, for which such a step ends early.
+    """
 
     @classmethod
-    def within(cls, milliseconds: float | None) -> "Stride | None":
+    def within(cls, milliseconds: float | None) -> "Stride":
         """None for one pass a step. Raises ConfigError."""
         if milliseconds is None:
-            return None
+            return cls(0.0)
         if not 0 < milliseconds < math.inf:
             raise ConfigError(f"stride_ms is {milliseconds}: it must be above 0 and finite, or None for single passes")
         return cls(milliseconds / 1000)
 
     def __init__(self, seconds: float):
+        self.beckons: Callable[[], bool] = lambda: False
         self._seconds = seconds
         self._per_pass = math.inf
 
@@ -46,23 +49,23 @@ class Stride:
         known = math.isfinite(self._per_pass)
         self._per_pass = self._per_pass + _NEWEST * (newest - self._per_pass) if known else newest
 
+    def go_on(self, runner: Runner, most: int, lives: Sequence[Live], chosen: Sequence[list[int]]) -> int:
+        """Up to `most` further passes of the step that was just run, each with the tokens chosen in the one before,
+        whose own choices `chosen` gains; how many there were. None where an answer is to be looked at token by token,
+        and none after a token that ends one.
 
-def go_on(runner: Runner, most: int, lives: Sequence[Live], chosen: Sequence[list[int]]) -> int:
-    """Up to `most` further passes of the step that was just run, each with the tokens chosen in the one before, whose
-    own choices `chosen` gains; how many there were. None where an answer is to be looked at token by token, and none
-    after a token that ends one.
-
-    Raises FloatingPointError as `choose` does.
-    """
-    if not most or not all(live.needs_no_look for live in lives):
-        return 0
-    samplers = [live.sampler for live in lives]
-    for passes in range(most):
-        if any(live.ending.ends_with(ids[-1]) for live, ids in zip(lives, chosen, strict=True)):
-            return passes
-        logits = runner.again([ids[-1] for ids in chosen])
-        if logits is None:
-            return passes
-        for ids, token in zip(chosen, choose(logits, samplers), strict=True):
-            ids.append(token)
-    return most
+        Raises FloatingPointError as `choose` does.
+        """
+        if not most or not all(live.needs_no_look for live in lives):
+            return 0
+        samplers = [live.sampler for live in lives]
+        for passes in range(most):
+            ended = any(live.ending.ends_with(ids[-1]) for live, ids in zip(lives, chosen, strict=True))
+            if ended or self.beckons():
+                return passes
+            logits = runner.again([ids[-1] for ids in chosen])
+            if logits is None:
+                return passes
+            for ids, token in zip(chosen, choose(logits, samplers), strict=True):
+                ids.append(token)
+        return most

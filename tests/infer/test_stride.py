@@ -154,6 +154,23 @@ def test_nobody_waits_behind_further_passes(packed: Packed) -> None:
 
 
 @needs_kernels
+def test_a_step_ends_early_for_what_is_new(packed: Packed) -> None:
+    """Asked between passes; the answer stays the same."""
+    model = packed("deepseek_v3")
+    expected = Counted(model, stride_ms=None).answers(asked(GREEDY))
+    counted, looks = Counted(model, stride_ms=LONG), list[int]()
+
+    def third() -> bool:
+        looks.append(counted.further)
+        return len(looks) % 3 == 0
+
+    counted.engine.heed(third)
+    same(counted.answers(asked(GREEDY)), expected)
+    assert len(looks) > 20
+    assert counted.further < len(looks)
+
+
+@needs_kernels
 def test_an_answer_ends_where_it_would(packed: Packed) -> None:
     """An end-of-sequence token ends the step; tokens behind a stop string are dropped."""
     model = packed("deepseek_v3")
@@ -207,7 +224,6 @@ def test_a_further_pass_that_fails_drops_its_requests_alone(packed: Packed) -> N
 
 def test_passes_that_fit_a_time() -> None:
     stride = Stride.within(25.0)
-    assert stride is not None
     assert stride.more == 0, "nothing is known"
     stride.took(1, 0.0)
     stride.took(2, -1.0)
@@ -220,7 +236,9 @@ def test_passes_that_fit_a_time() -> None:
     for _ in range(30):
         stride.took(1, 0.080)
     assert stride.more == 0
-    assert Stride.within(None) is None
+    single = Stride.within(None)
+    single.took(1, 1e-6)
+    assert single.more == 0
 
 
 @pytest.mark.parametrize("stride_ms", [0, -1.0, float("nan"), float("inf")])

@@ -45,6 +45,9 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    def heed(self, beckons: Callable[[], bool]) -> None:
+        """Its steps are short."""
+
     def check_room(self, count: int) -> None:
         if self._max_live is not None and len(self._live) + count > self._max_live:
             raise OverloadError("all places are taken: try again later")

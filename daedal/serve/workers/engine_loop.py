@@ -69,6 +69,7 @@ class EngineLoop:
         self._open = True
         self._bundle = Bundle(time.monotonic)
         self._told: EngineStats | None = None
+        engine.heed(lambda: bool(self._commands) or not self._open)
 
     @property
     def open(self) -> bool:
