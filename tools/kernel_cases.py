@@ -115,18 +115,48 @@ def _mixture() -> Iterator[Case]:
     for name, constants in (("route, V3", {**routed, "BLOCK": 256}), ("route, V4", {**v4, "BLOCK": 512})):
         constants = {**constants, "SLOTS": 8}
         yield Case(name=name, kernel=routing.route, pointers=types, constants=constants, on_chip=True)
+    yield from _experts()
+
+
+def _experts() -> Iterator[Case]:
     rows = {"x": "bf16", "tokens": "i64", "tiles": "i32", "weight": "bf16", "hidden": "bf16", "result": "fp32"}
+    rows |= {"kept": "bf16"}
+    down = {"GATHERED": False, "TRANSPOSED": False}
     for block in (16, 128):
-        up = {"LIMITED": True, "BM": block}
-        down = {"BM": block}
+        for name, kernel, constants in (
+            ("up", experts.gate_up, {"LIMITED": True, "KEPT": False}),
+            ("up, kept", experts.gate_up, {"LIMITED": True, "KEPT": True}),
+            ("down", experts.multiply, down),
+            ("gradient of hidden", experts.multiply, {"GATHERED": True, "TRANSPOSED": True}),
+            ("gradient of rows", experts.multiply, {**down, "TRANSPOSED": True}),
+        ):
+            yield Case(
+                name=f"experts, {name}, {block}",
+                kernel=kernel,
+                pointers=rows,
+                constants={**constants, "BM": block},
+                space=spaces.EXPERTS,
+            )
+    whole = {"left": "bf16", "right": "bf16", "tokens": "i64", "bounds": "i32", "result": "bf16"}
+    for name, gathered in (("up", False), ("down", True)):
         yield Case(
-            name=f"experts, up, {block}", kernel=experts.gate_up, pointers=rows, constants=up, space=spaces.EXPERTS
+            name=f"experts, gradient of {name}",
+            kernel=experts.weight_gradient,
+            pointers=whole,
+            constants={"LEFT_GATHERED": gathered},
+            space=spaces.WEIGHT_GRADIENT,
         )
-        yield Case(
-            name=f"experts, down, {block}", kernel=experts.down, pointers=rows, constants=down, space=spaces.EXPERTS
-        )
+    unit = {"grad_hidden": "fp32", "weights": "fp32", "choices": "i64", "grad_kept": "bf16", "grad_weights": "fp32"}
+    yield Case(
+        name="experts, gradient of units",
+        kernel=experts.unit_backward,
+        pointers={**rows, **unit},
+        constants={"LIMITED": True, "BLOCK": 1024},
+    )
     summed = {"rows": "fp32", "places": "i64", "weights": "fp32", "y": "bf16"}
-    yield Case(name="experts, sum", kernel=experts.gather_sum, pointers=summed, constants={"ACTIVE": 8, "BLOCK": 1024})
+    for name, weighted in (("sum", True), ("gradient of sum", False)):
+        sizes = {"WEIGHTED": weighted, "ACTIVE": 8, "BLOCK": 1024}
+        yield Case(name=f"experts, {name}", kernel=experts.gather_sum, pointers=summed, constants=sizes)
 
 
 def _attention() -> Iterator[Case]:

@@ -23,6 +23,8 @@ from tests.ops.triton_run import (
     beside_the_reference,
     boundaries,
     flat_rows,
+    gradients_apart,
+    gradients_beside_the_reference,
     normal,
     only_with_triton,
     paged_rows,
@@ -204,3 +206,29 @@ def test_triton_shares_out_experts_that_nobody_chose() -> None:
             ),
             2e-5,
         )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "limit"), [(torch.float32, 2e-5, 1.0), (torch.float16, 4e-3, None)])
+def test_triton_finds_gradients_of_experts(dtype: torch.dtype, tolerance: float, limit: float | None) -> None:
+    """More rows and columns than a block has, an expert that nobody chose, one that is named twice, one that takes all,
+    rows that are parts of wider ones, and no token at all. A limit in float32 alone: rounding carries numbers over it.
+    """
+    spread = torch.rand(30, 5, generator=torch.Generator().manual_seed(3)).argsort(-1)[:, :3]
+    spread[:7, 1] = spread[:7, 0]
+    up, down = normal(6, 2 * 66, 70, seed=1) / 8, normal(6, 70, 66, seed=2) / 8
+    for ids in (spread, torch.full((40, 1), 4), spread[:0]):
+        ids = ids.to(DEVICE)
+        gradients_beside_the_reference(
+            lambda x, *others, ids=ids: ops.experts(x[:, 3:73], ids, *others, limit=limit),
+            [normal(ids.shape[0], 80), normal(*ids.shape, seed=3), up, down],
+            dtype,
+            tolerance,
+        )
+
+
+def test_triton_finds_the_gradients_that_are_wanted() -> None:
+    ids = (torch.arange(10).view(5, 2) % 3).to(DEVICE)
+    gradients_apart(
+        lambda x, *others: ops.experts(x, ids, *others, limit=None),
+        [normal(5, 8), normal(5, 2, seed=3), normal(4, 12, 8, seed=1), normal(4, 8, 6, seed=2)],
+    )

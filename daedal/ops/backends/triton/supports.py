@@ -47,9 +47,11 @@ def declines(*tensors: Tensor | None, trains: bool = False, everywhere: bool = F
     wrong = next((tensor.dtype for tensor in present if tensor.dtype not in FLOATS), None)
     if wrong is not None:
         return f"takes float32, bfloat16 and float16, not {wrong}"
-    if not trains and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
-        return "has no gradients"
-    return None
+    return "has no gradients" if not trains and wants_gradients(*present) else None
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
@@ -59,7 +61,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
 
 
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> str | None:
-    if torch.is_grad_enabled() and (cos_TC.requires_grad or sin_TC.requires_grad):
+    if wants_gradients(cos_TC, sin_TC):
         return "has no gradients of the angles"
     return declines(x_THR, cos_TC, sin_TC, trains=True)
 
@@ -103,7 +105,7 @@ def experts(
         return "does not read packed weights"
     if x_TD.dtype != gate_up_EFD.dtype or x_TD.dtype != down_EDF.dtype:
         return f"wants one type for all, and these are {x_TD.dtype}, {gate_up_EFD.dtype} and {down_EDF.dtype}"
-    return declines(x_TD, weights_TA, gate_up_EFD, down_EDF)
+    return declines(x_TD, weights_TA, gate_up_EFD, down_EDF, trains=True)
 
 
 def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float) -> str | None:
