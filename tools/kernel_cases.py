@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from daedal.ops.backends.triton import spaces
 from daedal.ops.backends.triton.kernels import (
     attention,
+    attention_gradients,
     compress,
     elementwise,
     experts,
@@ -171,13 +172,28 @@ def _attention() -> Iterator[Case]:
         ("attention, by heads", heads, 0, False),
     ):
         for block in (16, 64):
-            constants = {**shape, "KIND": kind, "SPLIT": split, "BM": block}
+            constants = {**shape, "KIND": kind, "LOGGED": split, "BM": block}
             yield Case(
                 name=f"{name}, {block}",
                 kernel=attention.attend,
                 pointers=types if split else {**types, "out": "bf16"},
                 constants=constants,
                 space=spaces.ATTENTION,
+            )
+    types |= {"out": "bf16", "grad": "bf16", "deltas": "fp32"}
+    types |= {"grad_q": "bf16", "grad_keys": "bf16", "grad_values": "bf16"}
+    heads = {name: value for name, value in heads.items() if name != "SHARED"}
+    for name, kernel in (
+        ("queries", attention_gradients.query_gradient),
+        ("keys", attention_gradients.key_gradients),
+    ):
+        for block in (32, 64):
+            yield Case(
+                name=f"attention, gradient of {name}, {block}",
+                kernel=kernel,
+                pointers=types,
+                constants={**heads, "BLOCK": block},
+                space=spaces.ATTENTION_GRADIENTS,
             )
     merged = {"parts": "fp32", "logs": "fp32", "sinks": "fp32", "out": "bf16"}
     constants = {"SINKS": True, "VALUE": 512, "BLOCK_S": 64, "BLOCK_V": 512}

@@ -44,3 +44,12 @@ ATTENTION: Space = (
     {"BN": 64, "num_warps": 4, "num_stages": 2},
     {"BN": 128, "num_warps": 8, "num_stages": 2},
 )
+
+# Of keys for the gradient of a block of queries, of queries for that of a block of keys.
+ATTENTION_GRADIENTS: Space = (
+    {"STEP": 16, "num_warps": 4, "num_stages": 1},
+    {"STEP": 32, "num_warps": 4, "num_stages": 1},
+    {"STEP": 32, "num_warps": 8, "num_stages": 2},
+    {"STEP": 64, "num_warps": 8, "num_stages": 1},
+    {"STEP": 64, "num_warps": 4, "num_stages": 2},
+)

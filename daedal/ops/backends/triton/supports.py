@@ -29,6 +29,7 @@ COMPILERS: Mapping[str, str] = MappingProxyType({"nvidia": "nvidia", "amd": "amd
 GPUS = ("nvidia", "amd")
 WIDEST_ROW = 2**16  # numbers of a row that one program holds
 WIDEST_KEY, MOST_EXPERTS, MOST_ACTIVE = 1024, 4096, 64
+WIDEST_TRAINED_KEY = 256  # and value: gradients of both are summed at once
 MOST_STREAMS = 16
 # Where sums lie beside the core: the largest that tools/compile_ascend.py was seen to compile for every chip.
 WIDEST_KEY_ON_CHIP, MOST_INDEX_HEADS, WIDEST_INDEX_KEY = 576, 64, 128
@@ -112,7 +113,9 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
     memories = [_memory(rows) for rows in (keys, values) if not isinstance(rows, int)]
     if not isinstance(values, int) and not _alike(keys, values):
         return "wants keys and values in the same places"
-    return _rows_decline(q_THK, keys) or declines(q_THK, *memories)
+    trained = wants_gradients(q_THK, *memories)
+    why = _untrained(keys, values) if trained else None
+    return why or _rows_decline(q_THK, keys) or declines(q_THK, *memories, trains=True)
 
 
 def choose_entries(
@@ -256,6 +259,17 @@ def _alike(keys: Rows, values: Rows) -> bool:
     if isinstance(keys, FlatRows) and isinstance(values, FlatRows):
         return keys.starts == values.starts
     return isinstance(keys, PagedRows) and isinstance(values, PagedRows) and keys.pages is values.pages
+
+
+def _untrained(keys: Rows, values: Rows | int) -> str | None:
+    if isinstance(values, int):
+        return "has no gradients of keys that are their own values"
+    if not isinstance(keys, FlatRows) or not isinstance(values, FlatRows):
+        return "has no gradients of rows on pages"
+    widest = max(keys.rows.shape[-1], values.rows.shape[-1])
+    if widest > WIDEST_TRAINED_KEY:
+        return f"has gradients of keys and values of {WIDEST_TRAINED_KEY} numbers at most, and these have {widest}"
+    return None
 
 
 def _rows_decline(q: Tensor, rows: Rows | RingRows) -> str | None:
