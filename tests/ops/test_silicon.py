@@ -25,6 +25,7 @@ INTERPRETED = (
     "test_triton_sparse.py",
     "test_triton_compress.py",
     "test_triton_limits.py",
+    "test_triton_training.py",
     "test_backends.py",
 )
 
