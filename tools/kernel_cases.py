@@ -187,7 +187,7 @@ def _attention() -> Iterator[Case]:
         ("queries", attention_gradients.query_gradient),
         ("keys", attention_gradients.key_gradients),
     ):
-        for block in (32, 64):
+        for block in (16, 64):
             yield Case(
                 name=f"attention, gradient of {name}, {block}",
                 kernel=kernel,

@@ -234,17 +234,17 @@ def test_triton_finds_gradients_of_experts(dtype: torch.dtype, tolerance: float,
 def test_triton_finds_gradients_of_attention(
     dtype: torch.dtype, tolerance: float, chip: str, heads: int, groups: int, dim: int
 ) -> None:
-    """Sequences of many blocks, of one token, without any; a past; keys and values that are parts of wider rows, some
-    of no sequence. With mi300x's profile blocks are of other sizes.
+    """Sequences of many blocks, of one token, without any; a long past; keys and values that are parts of wider rows,
+    some of no sequence. With mi300x's profile blocks are of other sizes.
     """
-    starts, places = boundaries([70, 0, 1, 5]), (2, 72, 76, 77, 117)
+    starts, places = boundaries([70, 0, 1, 5]), (2, 72, 76, 77, 177)
 
     def run(q: Tensor, both: Tensor) -> Tensor:
         keys, values = both.split((dim, 12), -1)
         return ops.attention(q, starts, FlatRows(keys, places), FlatRows(values, places), scale=0.3)
 
     with silicon.assumed(silicon.read(chip)):
-        given = [normal(76, heads, dim, seed=1), normal(120, groups, dim + 12, seed=2)]
+        given = [normal(76, heads, dim, seed=1), normal(180, groups, dim + 12, seed=2)]
         gradients_beside_the_reference(run, given, dtype, tolerance)
 
 
