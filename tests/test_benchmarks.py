@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,14 @@ def test_a_soak_sees_memory_that_grows(bench: Any) -> None:
 
     assert soak.growth(samples(0.0), "front_mb", 5.0)["mb_per_hour"] == pytest.approx(0.0, abs=1e-6)
     assert soak.growth(samples(0.5), "front_mb", 5.0)["mb_per_hour"] == pytest.approx(30.0)
+
+
+def test_gradients_of_ops_are_counted_and_compared(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--tokens", "24", "--length", "10", "--shrink", "64", "--experts", "8", "--rounds", "1", "--warm", "0"]
+    bench("op_gradients").main(["--device", "cpu", *sizes])
+    rows = {row["op"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    # 24 tokens to all 8 experts of 112 x 32; 55 + 55 + 10 pairs of tokens, two heads of 192 and 128 numbers.
+    for op, flops in (("experts", 6 * 24 * 8 * 112 * 32), ("attention", 2 * 2 * (192 + 128) * 120)):
+        assert rows[op]["forward_flops_per_s"] * rows[op]["forward_s"] == pytest.approx(flops)
+        assert rows[op]["backward_flops_per_s"] * rows[op]["backward_s"] == pytest.approx(2 * flops)
+        assert rows[op]["apart"] < 0.05

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from daedal.ops.backends.triton import spaces
 from daedal.ops.backends.triton.kernels import (
     attention,
+    attention_gradients,
     compress,
     elementwise,
     experts,
@@ -115,18 +116,48 @@ def _mixture() -> Iterator[Case]:
     for name, constants in (("route, V3", {**routed, "BLOCK": 256}), ("route, V4", {**v4, "BLOCK": 512})):
         constants = {**constants, "SLOTS": 8}
         yield Case(name=name, kernel=routing.route, pointers=types, constants=constants, on_chip=True)
+    yield from _experts()
+
+
+def _experts() -> Iterator[Case]:
     rows = {"x": "bf16", "tokens": "i64", "tiles": "i32", "weight": "bf16", "hidden": "bf16", "result": "fp32"}
+    rows |= {"kept": "bf16"}
+    down = {"GATHERED": False, "TRANSPOSED": False}
     for block in (16, 128):
-        up = {"LIMITED": True, "BM": block}
-        down = {"BM": block}
+        for name, kernel, constants in (
+            ("up", experts.gate_up, {"LIMITED": True, "KEPT": False}),
+            ("up, kept", experts.gate_up, {"LIMITED": True, "KEPT": True}),
+            ("down", experts.multiply, down),
+            ("gradient of hidden", experts.multiply, {"GATHERED": True, "TRANSPOSED": True}),
+            ("gradient of rows", experts.multiply, {**down, "TRANSPOSED": True}),
+        ):
+            yield Case(
+                name=f"experts, {name}, {block}",
+                kernel=kernel,
+                pointers=rows,
+                constants={**constants, "BM": block},
+                space=spaces.EXPERTS,
+            )
+    whole = {"left": "bf16", "right": "bf16", "tokens": "i64", "bounds": "i32", "result": "bf16"}
+    for name, gathered in (("up", False), ("down", True)):
         yield Case(
-            name=f"experts, up, {block}", kernel=experts.gate_up, pointers=rows, constants=up, space=spaces.EXPERTS
+            name=f"experts, gradient of {name}",
+            kernel=experts.weight_gradient,
+            pointers=whole,
+            constants={"LEFT_GATHERED": gathered},
+            space=spaces.WEIGHT_GRADIENT,
         )
-        yield Case(
-            name=f"experts, down, {block}", kernel=experts.down, pointers=rows, constants=down, space=spaces.EXPERTS
-        )
+    unit = {"grad_hidden": "fp32", "weights": "fp32", "choices": "i64", "grad_kept": "bf16", "grad_weights": "fp32"}
+    yield Case(
+        name="experts, gradient of units",
+        kernel=experts.unit_backward,
+        pointers={**rows, **unit},
+        constants={"LIMITED": True, "BLOCK": 1024},
+    )
     summed = {"rows": "fp32", "places": "i64", "weights": "fp32", "y": "bf16"}
-    yield Case(name="experts, sum", kernel=experts.gather_sum, pointers=summed, constants={"ACTIVE": 8, "BLOCK": 1024})
+    for name, weighted in (("sum", True), ("gradient of sum", False)):
+        sizes = {"WEIGHTED": weighted, "ACTIVE": 8, "BLOCK": 1024}
+        yield Case(name=f"experts, {name}", kernel=experts.gather_sum, pointers=summed, constants=sizes)
 
 
 def _attention() -> Iterator[Case]:
@@ -141,13 +172,28 @@ def _attention() -> Iterator[Case]:
         ("attention, by heads", heads, 0, False),
     ):
         for block in (16, 64):
-            constants = {**shape, "KIND": kind, "SPLIT": split, "BM": block}
+            constants = {**shape, "KIND": kind, "LOGGED": split, "BM": block}
             yield Case(
                 name=f"{name}, {block}",
                 kernel=attention.attend,
                 pointers=types if split else {**types, "out": "bf16"},
                 constants=constants,
                 space=spaces.ATTENTION,
+            )
+    types |= {"out": "bf16", "grad": "bf16", "deltas": "fp32"}
+    types |= {"grad_q": "bf16", "grad_keys": "bf16", "grad_values": "bf16"}
+    heads = {name: value for name, value in heads.items() if name != "SHARED"}
+    for name, kernel in (
+        ("queries", attention_gradients.query_gradient),
+        ("keys", attention_gradients.key_gradients),
+    ):
+        for block in (16, 64):
+            yield Case(
+                name=f"attention, gradient of {name}, {block}",
+                kernel=kernel,
+                pointers=types,
+                constants={**heads, "BLOCK": block},
+                space=spaces.ATTENTION_GRADIENTS,
             )
     merged = {"parts": "fp32", "logs": "fp32", "sinks": "fp32", "out": "bf16"}
     constants = {"SINKS": True, "VALUE": 512, "BLOCK_S": 64, "BLOCK_V": 512}

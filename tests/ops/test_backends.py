@@ -158,7 +158,9 @@ def test_backend_equals_the_reference_in_float64(
         torch.testing.assert_close(got, exact, rtol=tolerance, atol=tolerance)
         assert len(grads) == len(exact_grads)
         for mine, theirs in zip(grads, exact_grads, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=4 * tolerance, atol=4 * tolerance)
+            # Terms that cancel are rounded by their own size: to bfloat16 that shows where gradients are large.
+            size = float(theirs.square().mean().sqrt()) if dtype == torch.bfloat16 else 0.0
+            torch.testing.assert_close(mine, theirs, rtol=4 * tolerance, atol=tolerance * max(4.0, size))
 
 
 @pytest.mark.parametrize("backend", REGISTRY.backends)

@@ -25,6 +25,7 @@ INTERPRETED = (
     "test_triton_sparse.py",
     "test_triton_compress.py",
     "test_triton_limits.py",
+    "test_triton_training.py",
     "test_backends.py",
 )
 
@@ -101,7 +102,12 @@ def test_kernels_say_what_they_do_not_take() -> None:
         assert PREDICATES["scaled_linear"](x, weight, FP8) is None
         assert "hif8" in str(PREDICATES["scaled_linear"](x, weight, HIF8))
         rows = ops.FlatRows(torch.ones(2, 8, requires_grad=True), (0, 2))
-        assert PREDICATES["attention"](x[:, None], (0, 2), rows, 4, scale=1.0) == "has no gradients"
+        told = "has no gradients of keys that are their own values"
+        assert PREDICATES["attention"](x[:, None], (0, 2), rows, 4, scale=1.0) == told
+        assert PREDICATES["attention"](x[:, None], (0, 2), rows, rows, scale=1.0) is None
+        wide = ops.FlatRows(torch.ones(2, 320), (0, 2))
+        told = "has gradients of keys and values of 256 numbers at most, and these have 320"
+        assert PREDICATES["attention"](x[:, None], (0, 2), rows, wide, scale=1.0) == told
 
 
 def test_doctor_shows_the_plan_for_a_chip(capsys: pytest.CaptureFixture[str]) -> None:

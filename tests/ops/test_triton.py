@@ -17,12 +17,14 @@ from daedal.ops import silicon
 from daedal.ops.arithmetic import FP8, INT8, MXFP8, Arithmetic, Rounding, quantise
 from daedal.ops.backends.triton.supports import BACKEND, INTERPRETED
 from daedal.ops.registry import REFERENCE
-from daedal.ops.rows import Rows
+from daedal.ops.rows import FlatRows, Rows
 from tests.ops.triton_run import (
     DEVICE,
     beside_the_reference,
     boundaries,
     flat_rows,
+    gradients_apart,
+    gradients_beside_the_reference,
     normal,
     only_with_triton,
     paged_rows,
@@ -204,3 +206,70 @@ def test_triton_shares_out_experts_that_nobody_chose() -> None:
             ),
             2e-5,
         )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "limit"), [(torch.float32, 2e-5, 1.0), (torch.float16, 4e-3, None)])
+def test_triton_finds_gradients_of_experts(dtype: torch.dtype, tolerance: float, limit: float | None) -> None:
+    """More rows and columns than a block has, an expert that nobody chose, one that is named twice, one that takes all,
+    rows that are parts of wider ones, and no token at all. A limit in float32 alone: rounding carries numbers over it.
+    """
+    spread = torch.rand(30, 5, generator=torch.Generator().manual_seed(3)).argsort(-1)[:, :3]
+    spread[:7, 1] = spread[:7, 0]
+    up, down = normal(6, 2 * 66, 70, seed=1) / 8, normal(6, 70, 66, seed=2) / 8
+    for ids in (spread, torch.full((40, 1), 4), spread[:0]):
+        ids = ids.to(DEVICE)
+        gradients_beside_the_reference(
+            lambda x, *others, ids=ids: ops.experts(x[:, 3:73], ids, *others, limit=limit),
+            [normal(ids.shape[0], 80), normal(*ids.shape, seed=3), up, down],
+            dtype,
+            tolerance,
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "chip"),
+    [(torch.float32, 2e-5, "this"), (torch.float32, 2e-5, "mi300x"), (torch.float16, 4e-3, "this")],
+)
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 2, 24), (3, 3, 16), (4, 1, 20)])
+def test_triton_finds_gradients_of_attention(
+    dtype: torch.dtype, tolerance: float, chip: str, heads: int, groups: int, dim: int
+) -> None:
+    """Sequences of many blocks, of one token, without any; a long past; keys and values that are parts of wider rows,
+    some of no sequence. With mi300x's profile blocks are of other sizes.
+    """
+    starts, places = boundaries([70, 0, 1, 5]), (2, 72, 76, 77, 177)
+
+    def run(q: Tensor, both: Tensor) -> Tensor:
+        keys, values = both.split((dim, 12), -1)
+        return ops.attention(q, starts, FlatRows(keys, places), FlatRows(values, places), scale=0.3)
+
+    with silicon.assumed(silicon.read(chip)):
+        given = [normal(76, heads, dim, seed=1), normal(180, groups, dim + 12, seed=2)]
+        gradients_beside_the_reference(run, given, dtype, tolerance)
+
+
+def test_triton_has_gradients_of_attention_where_one_row_serves_all_heads_or_nobody_asks() -> None:
+    """Rows without an axis of heads, as latents lie."""
+    for count in (9, 0):
+        starts, places = (0, count), (0, 9)
+        gradients_beside_the_reference(
+            lambda q, k, v, starts=starts, places=places: ops.attention(
+                q, starts, FlatRows(k, places), FlatRows(v, places), scale=0.3
+            ),
+            [normal(count, 5, 8), normal(9, 8, seed=1), normal(9, 20, seed=2)],
+            torch.float32,
+            2e-5,
+        )
+
+
+def test_triton_finds_the_gradients_that_are_wanted() -> None:
+    ids = (torch.arange(10).view(5, 2) % 3).to(DEVICE)
+    gradients_apart(
+        lambda x, *others: ops.experts(x, ids, *others, limit=None),
+        [normal(5, 8).half(), normal(5, 2, seed=3), normal(4, 12, 8, seed=1).half(), normal(4, 8, 6, seed=2).half()],
+    )
+    starts = (0, 6, 9)
+    gradients_apart(
+        lambda q, k, v: ops.attention(q, starts, FlatRows(k, starts), FlatRows(v, starts), scale=0.3),
+        [normal(9, 4, 8), normal(9, 2, 8, seed=1), normal(9, 2, 6, seed=2)],
+    )

@@ -4,7 +4,7 @@ They run on a GPU where there is one, else where Triton interprets its kernels o
 process that tests/ops/test_silicon.py starts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import pytest
@@ -50,6 +50,40 @@ def paged_rows(parts: list[Tensor], page_size: int = 4) -> PagedRows:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Numbers of few bits, the same whatever the type."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float().to(DEVICE)
+
+
+def gradients_beside_the_reference(
+    run: Callable[..., Tensor], given: Sequence[Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
+    """run: of tensors. Its result and the gradient of each, in `dtype` beside float64; an error is a share of the
+    largest number.
+    """
+    outcomes = []
+    for backend, kind in ((BACKEND, dtype), (REFERENCE, torch.float64)):
+        leaves = [tensor.to(kind).requires_grad_() for tensor in given]
+        with ops.using(backend):
+            result = run(*leaves)
+        outcomes.append([result.detach(), *torch.autograd.grad(result, leaves, _push(result))])
+    for mine, wanted in zip(*outcomes, strict=True):
+        assert mine.dtype == dtype
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(mine.double(), wanted, rtol=0, atol=tolerance * largest)
+
+
+def gradients_apart(run: Callable[..., Tensor], given: Sequence[Tensor]) -> None:
+    """Each gradient is the same whether or not the others are wanted."""
+    with ops.using(BACKEND):
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
+        result = run(*leaves)
+        together = torch.autograd.grad(result, leaves, _push(result))
+        for place, (leaf, wanted) in enumerate(zip(leaves, together, strict=True)):
+            alone = [leaf if place == other else frozen for other, frozen in enumerate(given)]
+            (found,) = torch.autograd.grad(run(*alone), leaf, _push(result))
+            assert torch.equal(found, wanted)
+
+
+def _push(result: Tensor) -> Tensor:
+    return torch.randn(result.shape, generator=torch.Generator().manual_seed(99)).to(result)
 
 
 def beside_the_reference(run: Callable[[], Tensor], exact: Callable[[], Tensor], tolerance: float) -> None:

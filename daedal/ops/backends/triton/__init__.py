@@ -1,9 +1,9 @@
 """Backend `triton`: one set of kernels in Triton's language for GPUs of NVIDIA and AMD, some for Huawei's chips too.
 
-Serving's ops, and of training's those that have gradients here: norms, rotation, gated units, routing, and products in
-eight bits. Without Triton, without its compiler for the chip that is here, or without a chip the backend is absent, and
-says why; where Triton is there and does not load, importing the ops fails and says what to do. `kernels/` holds device
-code alone, the files beside it start it.
+Serving's ops, and of training's those that have gradients here: norms, rotation, gated units, attention over rows side
+by side, routing, experts, and products in eight bits. Without Triton, without its compiler for the chip that is here,
+or without a chip the backend is absent, and says why; where Triton is there and does not load, importing the ops fails
+and says what to do. `kernels/` holds device code alone, the files beside it start it.
 """
 
 import os

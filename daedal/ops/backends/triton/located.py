@@ -34,10 +34,10 @@ class Located:
     @classmethod
     def of(cls, rows: Rows | RingRows, device: torch.device) -> "Located":
         if isinstance(rows, FlatRows):
-            memory = _dense_last(rows.rows)
+            memory = dense_last(rows.rows)
             head = memory.stride(1) if memory.dim() == 3 else 0
             return cls(memory, FLAT, on_device(rows.starts, device), 1, 0, memory.stride(0), head, 0)
-        memory = _dense_last(rows.pool)
+        memory = dense_last(rows.pool)
         head = memory.stride(2) if memory.dim() == 4 else 0
         kind, table = RING, 0
         if isinstance(rows, PagedRows):
@@ -59,5 +59,5 @@ def page_table(pages: Pages, device: torch.device) -> Tensor:
     return sent(pages.table_BP, device)
 
 
-def _dense_last(memory: Tensor) -> Tensor:
+def dense_last(memory: Tensor) -> Tensor:
     return memory if memory.stride(-1) == 1 else memory.contiguous()

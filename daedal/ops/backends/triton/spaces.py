@@ -26,6 +26,15 @@ EXPERTS: Space = (
     {"BN": 32, "BK": 128, "num_warps": 4, "num_stages": 3},
 )
 
+# Of gradients of experts' weights: BK rows of an expert in a step.
+WEIGHT_GRADIENT: Space = (
+    {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2},
+    {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 2},
+    {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3},
+    {"BM": 64, "BN": 128, "BK": 16, "num_warps": 4, "num_stages": 3},
+)
+
 # A block of 16 keys of 576 numbers is what 64 KiB beside a core leave room for.
 ATTENTION: Space = (
     {"BN": 16, "num_warps": 4, "num_stages": 1},
@@ -34,4 +43,13 @@ ATTENTION: Space = (
     {"BN": 64, "num_warps": 8, "num_stages": 1},
     {"BN": 64, "num_warps": 4, "num_stages": 2},
     {"BN": 128, "num_warps": 8, "num_stages": 2},
+)
+
+# Of keys for the gradient of a block of queries, of queries for that of a block of keys.
+ATTENTION_GRADIENTS: Space = (
+    {"STEP": 16, "num_warps": 4, "num_stages": 1},
+    {"STEP": 32, "num_warps": 4, "num_stages": 1},
+    {"STEP": 32, "num_warps": 8, "num_stages": 2},
+    {"STEP": 64, "num_warps": 8, "num_stages": 1},
+    {"STEP": 64, "num_warps": 4, "num_stages": 2},
 )

@@ -29,6 +29,7 @@ COMPILERS: Mapping[str, str] = MappingProxyType({"nvidia": "nvidia", "amd": "amd
 GPUS = ("nvidia", "amd")
 WIDEST_ROW = 2**16  # numbers of a row that one program holds
 WIDEST_KEY, MOST_EXPERTS, MOST_ACTIVE = 1024, 4096, 64
+WIDEST_TRAINED_KEY = 256  # and value: gradients of both are summed at once
 MOST_STREAMS = 16
 # Where sums lie beside the core: the largest that tools/compile_ascend.py was seen to compile for every chip.
 WIDEST_KEY_ON_CHIP, MOST_INDEX_HEADS, WIDEST_INDEX_KEY = 576, 64, 128
@@ -47,9 +48,11 @@ def declines(*tensors: Tensor | None, trains: bool = False, everywhere: bool = F
     wrong = next((tensor.dtype for tensor in present if tensor.dtype not in FLOATS), None)
     if wrong is not None:
         return f"takes float32, bfloat16 and float16, not {wrong}"
-    if not trains and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
-        return "has no gradients"
-    return None
+    return "has no gradients" if not trains and wants_gradients(*present) else None
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
@@ -59,7 +62,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
 
 
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> str | None:
-    if torch.is_grad_enabled() and (cos_TC.requires_grad or sin_TC.requires_grad):
+    if wants_gradients(cos_TC, sin_TC):
         return "has no gradients of the angles"
     return declines(x_THR, cos_TC, sin_TC, trains=True)
 
@@ -103,14 +106,16 @@ def experts(
         return "does not read packed weights"
     if x_TD.dtype != gate_up_EFD.dtype or x_TD.dtype != down_EDF.dtype:
         return f"wants one type for all, and these are {x_TD.dtype}, {gate_up_EFD.dtype} and {down_EDF.dtype}"
-    return declines(x_TD, weights_TA, gate_up_EFD, down_EDF)
+    return declines(x_TD, weights_TA, gate_up_EFD, down_EDF, trains=True)
 
 
 def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows | int, *, scale: float) -> str | None:
     memories = [_memory(rows) for rows in (keys, values) if not isinstance(rows, int)]
     if not isinstance(values, int) and not _alike(keys, values):
         return "wants keys and values in the same places"
-    return _rows_decline(q_THK, keys) or declines(q_THK, *memories)
+    trained = wants_gradients(q_THK, *memories)
+    why = _untrained(keys, values) if trained else None
+    return why or _rows_decline(q_THK, keys) or declines(q_THK, *memories, trains=True)
 
 
 def choose_entries(
@@ -254,6 +259,17 @@ def _alike(keys: Rows, values: Rows) -> bool:
     if isinstance(keys, FlatRows) and isinstance(values, FlatRows):
         return keys.starts == values.starts
     return isinstance(keys, PagedRows) and isinstance(values, PagedRows) and keys.pages is values.pages
+
+
+def _untrained(keys: Rows, values: Rows | int) -> str | None:
+    if isinstance(values, int):
+        return "has no gradients of keys that are their own values"
+    if not isinstance(keys, FlatRows) or not isinstance(values, FlatRows):
+        return "has no gradients of rows on pages"
+    widest = max(keys.rows.shape[-1], values.rows.shape[-1])
+    if widest > WIDEST_TRAINED_KEY:
+        return f"has gradients of keys and values of {WIDEST_TRAINED_KEY} numbers at most, and these have {widest}"
+    return None
 
 
 def _rows_decline(q: Tensor, rows: Rows | RingRows) -> str | None:

@@ -24,16 +24,23 @@ def query_parts(at, in_rows, PART_A: tl.constexpr, PART_B: tl.constexpr, BLOCK_A
 
 
 @triton.jit
+def rows_at(at, in_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows at `at` of WIDTH columns in one part."""
+    columns = tl.arange(0, BLOCK)
+    return tl.load(at + columns[None, :], mask=in_rows[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
 def attend(
     q, keys, values, out, logs, tiles, starts, lengths, places, scale, chunk, num_tokens, num_heads, q_token, q_head,
     key_page, key_row, key_head, value_page, value_row, value_head, page_size, table_row,
-    KIND: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr,
+    KIND: tl.constexpr, SHARED: tl.constexpr, LOGGED: tl.constexpr, HEADS: tl.constexpr,
     PART_A: tl.constexpr, PART_B: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A block of queries, a key head and a stretch of keys for each program. SHARED: a key's first part is its value.
-    HEADS: query heads of a key head.
+    HEADS: query heads of a key head. LOGGED: who joins parts, or looks for gradients, wants to know their weight.
     """
     sequence = tl.load(tiles + tl.program_id(0) * 2)
     rows = tl.load(tiles + tl.program_id(0) * 2 + 1) * BM + tl.arange(0, BM)
@@ -64,24 +71,23 @@ def attend(
             v_NV = k_NA
         else:
             offsets = row_offsets(numbers, inside, sequence, places, table_row, page_size, value_page, value_row, KIND)
-            v_NV, _ = query_parts(
-                values + offsets[:, None] + tl.program_id(1) * value_head, inside, VALUE, 0, BLOCK_V, 16
-            )
+            v_NV = rows_at(values + offsets[:, None] + tl.program_id(1) * value_head, inside, VALUE, BLOCK_V)
         highest, total, sums = softmax_step(scores, v_NV, highest, total, sums)
     flat = (tl.program_id(2).to(tl.int64) * num_tokens + start + token) * num_heads + head
-    write_out(sums, highest, total, flat, in_rows, out, logs, SPLIT, VALUE, BLOCK_V)
+    write_out(sums, highest, total, flat, in_rows, out, logs, LOGGED, VALUE, BLOCK_V)
 
 
 @triton.jit
 def write_out(
-    sums, highest, total, flat, in_rows, out, logs, SPLIT: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr
+    sums, highest, total, flat, in_rows, out, logs, LOGGED: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """What a program found for its queries, at rows `flat`: shares of the whole, and where SPLIT their weight."""
+    """What a program found for its queries, at rows `flat`; where LOGGED the logarithm of its weight too."""
     columns = tl.arange(0, BLOCK_V)
-    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # of a row that saw nothing: its highest stays at -inf
+    result = sums / total[:, None]
     inside = in_rows[:, None] & (columns < VALUE)[None, :]
     tl.store(out + flat[:, None] * VALUE + columns[None, :], narrow(result, out.dtype.element_ty), mask=inside)
-    if SPLIT:
+    if LOGGED:
         tl.store(logs + flat, highest + tl.log2(total), mask=in_rows)
 
 

@@ -88,11 +88,26 @@ def rotate(
 
 
 @triton.jit
-def _cut(opened, passed, limit):
+def cut(opened, passed, limit):
     """Comparisons, because a minimum would hide what is not a number."""
     opened = tl.where(opened > limit, limit, opened)
     passed = tl.where(passed > limit, limit, passed)
     return opened, tl.where(passed < -limit, -limit, passed)
+
+
+@triton.jit
+def unit_gradients(given, opened, passed, limit, LIMITED: tl.constexpr):
+    """(result, gradient of gate, of up) of a gated unit, float32; what the limit cuts off has none."""
+    gate, up = opened, passed
+    if LIMITED:
+        gate, up = cut(opened, passed, limit)
+    share = tl.sigmoid(gate)
+    of_gate = given * up * share * (1.0 + gate * (1.0 - share))
+    of_up = given * gate * share
+    if LIMITED:
+        of_gate = tl.where(gate == opened, of_gate, 0.0)
+        of_up = tl.where(up == passed, of_up, 0.0)
+    return gate * share * up, of_gate, of_up
 
 
 @triton.jit
@@ -104,7 +119,7 @@ def swiglu(gate, up, y, num_columns, gate_row, up_row, limit, LIMITED: tl.conste
     opened = tl.load(gate + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     passed = tl.load(up + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
     if LIMITED:
-        opened, passed = _cut(opened, passed, limit)
+        opened, passed = cut(opened, passed, limit)
     result = opened * tl.sigmoid(opened) * passed
     tl.store(y + row * num_columns + columns, narrow(result, y.dtype.element_ty), mask=inside)
 
@@ -113,22 +128,14 @@ def swiglu(gate, up, y, num_columns, gate_row, up_row, limit, LIMITED: tl.conste
 def swiglu_backward(
     grad, gate, up, grad_gate, grad_up, num_columns, gate_row, up_row, limit, LIMITED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """As `swiglu`; what a limit cut off has no gradient."""
+    """As `swiglu`."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
     given = tl.load(grad + row * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
     opened = tl.load(gate + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     passed = tl.load(up + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
-    gate_stays = opened == opened
-    up_stays = passed == passed
-    if LIMITED:
-        gate_stays = opened <= limit
-        up_stays = (passed <= limit) & (passed >= -limit)
-        opened, passed = _cut(opened, passed, limit)
-    share = tl.sigmoid(opened)
-    of_gate = given * passed * share * (1.0 + opened * (1.0 - share))
-    of_up = given * opened * share
+    _, of_gate, of_up = unit_gradients(given, opened, passed, limit, LIMITED)
     write = row * num_columns + columns
-    tl.store(grad_gate + write, narrow(tl.where(gate_stays, of_gate, 0.0), grad_gate.dtype.element_ty), mask=inside)
-    tl.store(grad_up + write, narrow(tl.where(up_stays, of_up, 0.0), grad_up.dtype.element_ty), mask=inside)
+    tl.store(grad_gate + write, narrow(of_gate, grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + write, narrow(of_up, grad_up.dtype.element_ty), mask=inside)
