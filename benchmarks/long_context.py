@@ -165,7 +165,9 @@ class Reader:
 
     def __init__(self, model: Transformer, tokens: int):
         self.length = tokens
-        self.engine = Engine(model, max_batch=1, max_context=tokens + ANSWER, page_size=PAGE, stride_ms=None)
+        # As the other side does it: a token at a time, and nothing kept for sequences to come.
+        alone = {"stride_ms": None, "prefix_caching": False}
+        self.engine = Engine(model, max_batch=1, max_context=tokens + ANSWER, page_size=PAGE, **alone)
         ids = torch.randint(model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
         params = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
         self.engine.add(Request(id="only", prompt=tuple(ids), params=params))
