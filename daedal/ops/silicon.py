@@ -41,12 +41,13 @@ class Profile:
     sums_on_chip: bool = False
     most_programs: int | None = None
     alignment: int = 1
+    narrowest: int = 1
     memory: tuple[str, ...] = ()
     source: str
     certainty: str
 
     def __post_init__(self) -> None:
-        for label in ("cores", "lanes", "on_chip_bytes", "most_programs", "alignment"):
+        for label in ("cores", "lanes", "on_chip_bytes", "most_programs", "alignment", "narrowest"):
             value = getattr(self, label)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{label} of {self.key} is {value!r}: it must be a whole number above 0, or left out")

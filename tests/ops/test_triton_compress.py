@@ -1,11 +1,14 @@
 """V4's compressors in Triton, beside the reference in float64 (see tests/ops/test_triton.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from daedal import ops
-from daedal.ops.backends.triton.supports import BACKEND
+from daedal.ops import silicon
+from daedal.ops.backends.triton.supports import BACKEND, INTERPRETED
 from daedal.ops.registry import REFERENCE
 from daedal.ops.rows import PagedRows, Pages
 from tests.ops.triton_run import DEVICE, boundaries, normal, only_with_triton, warned
@@ -27,6 +30,13 @@ def test_triton_pools_groups_step_by_step(rate: int, overlaps: bool, dtype: torc
     for mine, theirs in zip(given, wanted, strict=True):
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
     assert not given[0].isnan().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="assumes the profile of a chip that is not here")
+@pytest.mark.parametrize("chip", ["ascend-910c", "ascend-950"])
+def test_triton_pools_groups_on_a_chip_that_starts_few_programs(chip: str) -> None:
+    with silicon.assumed(replace(silicon.read(chip), most_programs=12)):
+        test_triton_pools_groups_step_by_step(4, True, torch.bfloat16)
 
 
 def _run(backend: str, rate: int, overlaps: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 beside the reference in float64 (see tests/ops/test_triton.py). Such chips are Huawei's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.ops import silicon
+from daedal.ops.backends.triton import spaces
 from daedal.ops.backends.triton.supports import BACKEND, INTERPRETED, PREDICATES
 from daedal.ops.registry import REFERENCE
 from tests.ops.triton_run import (
@@ -28,10 +29,10 @@ only_with_triton()
 pytestmark = [warned, pytest.mark.skipif(not INTERPRETED, reason="assumes the profile of a chip that is not here")]
 
 
-@pytest.fixture(autouse=True)
-def narrow() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["ascend-910c", "ascend-950"])
+def narrow(request: pytest.FixtureRequest) -> Iterator[None]:
     """A chip that starts 12 programs at once."""
-    with silicon.assumed(replace(silicon.read("ascend-910c"), most_programs=12)):
+    with silicon.assumed(replace(silicon.read(request.param), most_programs=12)):
         yield
 
 
@@ -42,6 +43,18 @@ def test_stretches_hold_what_one_start_may_have() -> None:
     assert len(list(stretches(10, 4, DEVICE, most=2))) == 5
     assert len(list(stretches(2, 99, DEVICE))) == 2
     assert not list(stretches(0, 4, DEVICE))
+
+
+def test_blocks_of_keys_are_as_wide_as_the_chip_wants_them() -> None:
+    launch = pytest.importorskip("daedal.ops.backends.triton.launch")
+    started: list[dict[str, int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **constants: started.append(constants)
+
+    launch.tuned(Kernel(), spaces.ATTENTION, ())[(1,)]()
+    assert started == [{"BN": 32 if silicon.of(DEVICE).narrowest > 16 else 16}]
 
 
 def test_streams_go_in_stretches() -> None:

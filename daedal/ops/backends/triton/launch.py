@@ -1,8 +1,8 @@
 """How kernels are started: block sizes tried once for each kind of input, and whole numbers kept on the device.
 
-A space is a short list of constants to try; the first is what the interpreter runs and what is compiled ahead of time.
-Measuring is Triton's own. What a step knows on the host (boundaries, lengths) is copied to the device once, however
-many layers ask for it.
+A space is a short list of constants to try; the first that a chip takes is what the interpreter runs, and what is
+compiled ahead of time. Measuring is Triton's own. What a step knows on the host (boundaries, lengths) is copied to the
+device once, however many layers ask for it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ import triton
 from torch import Tensor
 
 from daedal.ops import silicon
-from daedal.ops.backends.triton.spaces import Space
+from daedal.ops.backends.triton.spaces import Space, first_of
 from daedal.ops.backends.triton.supports import INTERPRETED
 
 _SCHEDULE = ("num_warps", "num_stages")
 
 
 class _First:
-    """A kernel under the first point of its space: for the interpreter, which has no warps and no stages, and for chips
-    whose sums lie beside the core, where the points behind the first may not fit.
+    """A kernel under the first point of its space that the chip takes: for the interpreter, which has no warps and no
+    stages, and for chips whose sums lie beside the core, where the points behind the first may not fit.
     """
 
     def __init__(self, kernel: Any, point: Mapping[str, int]):
@@ -40,12 +40,15 @@ class _Tuned:
         self._kernel, self._space, self._key = kernel, space, key
 
     def __getitem__(self, grid: Any) -> Any:
-        return self._runner[grid]
+        return (self._first() if INTERPRETED else self._runner)[grid]  # the interpreter's chip is an assumed one
+
+    def _first(self) -> _First:
+        return _First(self._kernel, first_of(self._space, silicon.read(silicon.THIS).narrowest))
 
     @cached_property
     def _runner(self) -> Any:
-        if INTERPRETED or silicon.read(silicon.THIS).sums_on_chip:
-            return _First(self._kernel, self._space[0])
+        if silicon.read(silicon.THIS).sums_on_chip:
+            return self._first()
         configs = [
             triton.Config(
                 {name: value for name, value in point.items() if name not in _SCHEDULE},

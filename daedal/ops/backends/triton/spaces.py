@@ -1,12 +1,18 @@
 """The declared spaces: for each kernel a short list of constants to try on a chip, the safest first.
 
-The first point is what the interpreter runs; `tools/compile_kernels.py` compiles all of them ahead of time and says
-which fit the memory beside a chip's cores. Needs no Triton.
+The first point is what the interpreter runs, unless it assumes a chip that wants wider blocks. All are compiled ahead
+of time by `tools/compile_kernels.py`, which says which fit the memory beside a chip's cores. Needs no Triton.
 """
 
 from collections.abc import Mapping, Sequence
 
 Space = Sequence[Mapping[str, int]]
+
+
+def first_of(space: Space, narrowest: int) -> Mapping[str, int]:
+    """The first point whose blocks have at least so many columns: for chips on which points are not tried."""
+    return next(point for point in space if point.get("BN", narrowest) >= narrowest)
+
 
 ROWS: Space = tuple({"num_warps": warps} for warps in (4, 8, 16))
 

@@ -26,6 +26,13 @@ def _scores(logits, SCORING: tl.constexpr):
 
 
 @triton.jit
+def _first_best(values, numbers):
+    """The lowest of `numbers` where a value is the largest. Two plain reductions, because not every compiler of a chip
+    takes the one that carries an index."""
+    return tl.min(tl.where(values == tl.max(values, 0), numbers, 2147483647), 0)
+
+
+@triton.jit
 def _kept_groups(choice, experts, size, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIRS: tl.constexpr):
     """Which experts are of the KEPT best groups, by their best score or, where PAIRS, by the sum of their best two."""
     group = experts // size
@@ -35,10 +42,10 @@ def _kept_groups(choice, experts, size, GROUPS: tl.constexpr, KEPT: tl.constexpr
         own = tl.where(group == number, choice, float("-inf"))
         rank = tl.max(own, 0)
         if PAIRS:
-            rank += tl.max(tl.where(experts == tl.argmax(own, 0), float("-inf"), own), 0)
+            rank += tl.max(tl.where(experts == _first_best(own, experts), float("-inf"), own), 0)
         ranks = tl.where(experts == number, rank, ranks)
     for _ in tl.static_range(KEPT):
-        best = tl.argmax(ranks, 0)
+        best = _first_best(ranks, experts)
         kept = kept | (group == best)
         ranks = tl.where(experts == best, float("-inf"), ranks)
     return kept
@@ -83,7 +90,7 @@ def route(
     chosen = tl.zeros((SLOTS,), tl.int64)
     shares = tl.zeros((SLOTS,), tl.float32)
     for slot in tl.static_range(ACTIVE):
-        best = tl.argmax(choice, 0)
+        best = _first_best(choice, experts)
         shares = tl.where(slots == slot, tl.sum(tl.where(experts == best, scores, 0.0), 0), shares)
         chosen = tl.where(slots == slot, best.to(tl.int64), chosen)
         choice = tl.where(experts == best, float("-inf"), choice)
