@@ -1,4 +1,5 @@
-"""What rounding costs a training run: loss curves of one model in FP8, and with experts in FP4, beside bfloat16's.
+"""What rounding costs a training run: loss curves of one model in FP8, INT8 and HiF8, and with experts in FP4, beside
+bfloat16's.
 
     python benchmarks/precision_curves.py --text sotu.txt.xz                    # 3 seeds, 300 steps
     python benchmarks/precision_curves.py --text sotu.txt.xz --plot curves.png  # needs matplotlib
@@ -50,6 +51,10 @@ ARITHMETICS: Mapping[str, tuple[torch.dtype | None, str | None]] = {
     BASE: (torch.bfloat16, None),
     "fp8": (torch.bfloat16, "fp8"),
     "fp4": (torch.bfloat16, "fp4"),
+    "int8": (torch.bfloat16, "int8"),
+    "w8a8": (torch.bfloat16, "w8a8"),
+    "w8a8-turned": (torch.bfloat16, "w8a8-turned"),
+    "hif8": (torch.bfloat16, "hif8"),
 }
 VOCABULARY, CONTEXT = 1024, 64
 MODEL = {

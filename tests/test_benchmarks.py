@@ -16,6 +16,7 @@ from daedal.config import ModelConfig
 from daedal.cost.count import active_params
 from daedal.model.transformer import empty, initialise
 from daedal.shapes import parameters
+from daedal.train.precision import apply, preset
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -110,6 +111,21 @@ def test_quality_compares_checkpoints_that_were_made_of_the_model(bench: Any, ch
         assert rows["as it was"] == rows["unpacked"]
     with pytest.raises(argparse.ArgumentTypeError, match="no NAME=PATH"):
         quality.named(str(checkpoint))
+
+
+def test_silicon_quality_measures_the_arithmetic_that_it_names(bench: Any, checkpoint: Path) -> None:
+    silicon = bench("silicon_quality")
+    parts = [torch.arange(1, 33).unsqueeze(0)]
+    found = silicon.compare(daedal.load(checkpoint, device="cpu"), ["w8a8", "int8, groups of 32"], parts)
+    assert found["bf16"].divergence == 0 < found["int8, groups of 32"].divergence < found["w8a8"].divergence
+    model = daedal.load(checkpoint, device="cpu")
+    apply(model, preset("w8a8"))
+    logs = list(silicon.log_probabilities(model, parts, "by the preset"))
+    assert found["w8a8"].perplexity == pytest.approx(silicon.perplexity(parts, logs))
+    rounded = {module for module in model.modules() if getattr(module, "arithmetic", None) is not None}
+    assert silicon.compute_in(model, silicon.FP8) == len(rounded) > 0
+    assert all(module.arithmetic is silicon.FP8 for module in rounded)
+    assert all(name == used.name for name, used in silicon.ARITHMETICS.items())
 
 
 def test_families_of_one_size_are_alike_in_what_a_token_meets(bench: Any, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ _FLOATS: Mapping[str, _Float] = MappingProxyType(
 _LARGEST: Mapping[str, float] = MappingProxyType(
     {"int8": 127.0, "hif8": 2.0**15} | {name: form.largest for name, form in _FLOATS.items()}
 )
+# Powers of four: their roots are exact in every dtype, and a constant is spread evenly.
+TURNS = (4, 16, 64, 256, 1024)
 # From here down, code times scale could leave the normal numbers of float32 and bfloat16, which units may flush.
 _LEAST_EXPONENT = -100
 
@@ -95,7 +97,9 @@ class Arithmetic:
 
     Forward: x and w; gradient of x: gradients and w; of w: gradients and x, along the tokens. stored: what weights are
     rounded to first, along their own columns, as they will be shipped (quantisation-aware); gradients pass straight
-    through to the weights that were rounded.
+    through to the weights that were rounded. turned: so many numbers next to each other along the summed axis are
+    spread over one another in both factors before they are rounded (`ops.turning`), which parts outliers and changes
+    no product; None for not.
     """
 
     name: str
@@ -103,6 +107,11 @@ class Arithmetic:
     weights: Rounding
     gradients: Rounding
     stored: Rounding | None = None
+    turned: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.turned is not None and self.turned not in TURNS:
+            raise ConfigError(f"turned is {self.turned}: it must be one of {', '.join(map(str, TURNS))}, or None")
 
     @property
     def fits_bfloat16(self) -> bool:
@@ -246,10 +255,12 @@ FP4 = Arithmetic(name="fp4", activations=_TILE, weights=_BLOCK, gradients=_TILE,
 INT8 = Arithmetic(name="int8", activations=_SQUARE_INT8, weights=_SQUARE_INT8, gradients=_SQUARE_INT8)
 # A scale for each token and each row of a matrix, which is what int8 units without finer scales multiply.
 W8A8 = Arithmetic(name="w8a8", activations=_ROW_INT8, weights=_ROW_INT8, gradients=_ROW_INT8)
+# The same units, and outliers parted before they are rounded: the only help that needs no finer scales.
+W8A8_TURNED = replace(W8A8, name="w8a8-turned", turned=64)
 # One scale for a tensor. Forward, its largest number is brought to the end of the range with 3 bits of mantissa;
 # gradients, which spread wider, to that with 2.
 HIF8 = Arithmetic(name="hif8", activations=_HIF8, weights=_HIF8, gradients=_HIF8_GRADIENT)
 
 ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
-    {arithmetic.name: arithmetic for arithmetic in (BF16, FP8, MXFP8, FP4, INT8, W8A8, HIF8)}
+    {arithmetic.name: arithmetic for arithmetic in (BF16, FP8, MXFP8, FP4, INT8, W8A8, W8A8_TURNED, HIF8)}
 )

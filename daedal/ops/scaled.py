@@ -17,9 +17,21 @@ from torch.autograd.function import once_differentiable
 
 from daedal.ops.arithmetic import Arithmetic, Rounding
 from daedal.ops.registry import REGISTRY
+from daedal.ops.turning import turn
 
 # (left_MK, its rounding, right_NK, its rounding, dtype of the result) to [M, N].
 Product = Callable[[Tensor, Rounding, Tensor, Rounding, torch.dtype], Tensor]
+
+
+def turning(product: Product, block: int | None) -> Product:
+    """The same product of factors that are turned first."""
+    if block is None:
+        return product
+
+    def turned(left_MK: Tensor, left: Rounding, right_NK: Tensor, right: Rounding, dtype: torch.dtype) -> Tensor:
+        return product(turn(left_MK, block), left, turn(right_NK, block), right, dtype)
+
+    return turned
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -27,6 +39,7 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic, product: Product) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x_TD if wants_weight else None, weight_FD if wants_x else None)
+        product = turning(product, arithmetic.turned)
         ctx.arithmetic, ctx.product = arithmetic, product
         ctx.dtypes = x_TD.dtype, weight_FD.dtype
         return product(x_TD, arithmetic.activations, arithmetic.as_stored(weight_FD), arithmetic.weights, x_TD.dtype)

@@ -57,8 +57,9 @@ class Precision:
                 rows.append((role, "-", "-", "-", "-"))
                 continue
             stored = "" if found.stored is None else f"{found.stored}, then "
-            rounded = (str(found.activations), f"{stored}{found.weights}", str(found.gradients))
-            rows.append((role, found.name, *rounded))
+            turned = "" if found.turned is None else f"turned by {found.turned}, "
+            weights = f"{turned}{stored}{found.weights}"
+            rows.append((role, found.name, f"{turned}{found.activations}", weights, f"{turned}{found.gradients}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
@@ -69,7 +70,7 @@ def _everywhere(name: str) -> Precision:
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
-    {name: _everywhere(name) for name in ("bf16", "fp8", "mxfp8", "int8", "hif8")}
+    {name: _everywhere(name) for name in ("bf16", "fp8", "mxfp8", "int8", "w8a8", "w8a8-turned", "hif8")}
     # As V4: experts will be shipped in FP4, and everything is multiplied in FP8.
     | {"fp4": Precision(name="fp4", roles=dict.fromkeys(QUANTISABLE, "fp8") | {"routed_expert": "fp4"})}
 )

@@ -14,6 +14,7 @@ from daedal.ops.backends.npu.elementwise import gated
 from daedal.ops.backends.npu.experts import by_expert, summed
 from daedal.ops.backends.npu.supports import BACKEND
 from daedal.ops.registry import REGISTRY
+from daedal.ops.turning import turn
 
 
 def multiply(
@@ -35,7 +36,8 @@ def multiply(
 @REGISTRY.register("scaled_linear", BACKEND, supports=supports.scaled_linear)
 def scaled_linear(x_TD: Tensor, weight_FD: Tensor, arithmetic: Arithmetic) -> Tensor:
     leading = x_TD.shape[:-1]
-    y_TF = multiply(x_TD.flatten(0, -2), arithmetic.activations, weight_FD, arithmetic.weights, x_TD.dtype)
+    product = scaled.turning(multiply, arithmetic.turned)
+    y_TF = product(x_TD.flatten(0, -2), arithmetic.activations, weight_FD, arithmetic.weights, x_TD.dtype)
     return y_TF.view(*leading, weight_FD.shape[0])
 
 
@@ -53,12 +55,13 @@ def scaled_experts(
     if arithmetic.activations == MXFP8.activations:
         return scaled.experts(x_TD, ids_TA, weights_TA, gate_up_EFD, down_EDF, arithmetic, limit, multiply)
     ids_TA, weights_TA = by_expert(ids_TA, weights_TA)
+    block = arithmetic.turned
     codes_ND, places_N, counts_E, scales_N = vendor.init_routing(
-        x_TD.contiguous(), ids_TA, gate_up_EFD.shape[0], quantised=True
+        turn(x_TD, block).contiguous(), ids_TA, gate_up_EFD.shape[0], quantised=True
     )
-    gate_up_NF = _grouped(codes_ND, scales_N, gate_up_EFD, counts_E, x_TD.dtype)
-    codes_NF, scales_N = vendor.dynamic_quant(gated(gate_up_NF, limit))
-    return summed(_grouped(codes_NF, scales_N, down_EDF, counts_E, x_TD.dtype), places_N, weights_TA)
+    gate_up_NF = _grouped(codes_ND, scales_N, turn(gate_up_EFD, block), counts_E, x_TD.dtype)
+    codes_NF, scales_N = vendor.dynamic_quant(turn(gated(gate_up_NF, limit), block))
+    return summed(_grouped(codes_NF, scales_N, turn(down_EDF, block), counts_E, x_TD.dtype), places_N, weights_TA)
 
 
 def _grouped(codes_NK: Tensor, scales_N: Tensor, weight_EFK: Tensor, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
