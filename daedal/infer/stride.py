@@ -14,6 +14,7 @@ from daedal.infer.live import Live
 from daedal.infer.runner import Runner
 from daedal.infer.sampling import choose
 
+_MOST = 2**16  # passes; pages have far fewer tokens
 _NEWEST = 0.25  # the weight of the newest step in what a pass takes
 
 
@@ -39,7 +40,7 @@ class Stride:
     @property
     def more(self) -> int:
         """Passes of the next step beyond its first; none before any step was timed."""
-        return max(int(self._seconds / self._per_pass) - 1, 0)
+        return max(int(min(self._seconds / self._per_pass, _MOST)) - 1, 0)
 
     def took(self, num_passes: int, seconds: float) -> None:
         """A step of answers alone took so long. A clock that stands still or jumps back tells nothing."""

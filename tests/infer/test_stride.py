@@ -236,6 +236,9 @@ def test_passes_that_fit_a_time() -> None:
     for _ in range(30):
         stride.took(1, 0.080)
     assert stride.more == 0
+    endless = Stride.within(1e308)
+    endless.took(1, 1e-9)
+    assert endless.more > 1000
     single = Stride.within(None)
     single.took(1, 1e-6)
     assert single.more == 0

@@ -8,6 +8,7 @@ from torch import Tensor
 from daedal.ops.backends.cpu.gradients import TrainedGate, TrainedNorm
 from daedal.ops.backends.cpu.program import TYPES, call, missing
 from daedal.ops.registry import REGISTRY
+from daedal.ops.trained import wants_gradients
 
 BACKEND = "cpu"
 FLOATS = (torch.bfloat16, torch.float32)
@@ -28,10 +29,6 @@ def lacks_kernels(*tensors: Tensor | None) -> str | None:
     if any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors):
         return "runs on the CPU alone"
     return missing()
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _rms_norm_supports(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:

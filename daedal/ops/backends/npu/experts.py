@@ -12,6 +12,7 @@ from daedal.ops.backends.npu import supports, vendor
 from daedal.ops.backends.npu.elementwise import gated
 from daedal.ops.backends.npu.supports import BACKEND
 from daedal.ops.registry import REGISTRY
+from daedal.ops.trained import wants_gradients
 
 
 @REGISTRY.register("route", BACKEND, supports=supports.route)
@@ -39,7 +40,7 @@ def route(
         sigmoid=scoring == "sigmoid",
         scale=scale,
     )
-    if not (torch.is_grad_enabled() and logits_TE.requires_grad):
+    if not wants_gradients(logits_TE):
         return ids_TA.long(), weights_TA
     return reference.route(
         logits_TE,

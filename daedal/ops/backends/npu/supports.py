@@ -17,6 +17,7 @@ from daedal.ops.packed import Packed
 from daedal.ops.registry import Predicate
 from daedal.ops.rings import RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Rows
+from daedal.ops.trained import wants_gradients
 
 BACKEND = "npu"
 MAKER = "huawei"
@@ -45,7 +46,7 @@ def declines(*tensors: Tensor | None, types: tuple[torch.dtype, ...] = FLOATS, t
         return f"takes {', '.join(str(dtype).removeprefix('torch.') for dtype in types)}, not {wrong}"
     if any(not tensor.numel() for tensor in present):
         return "takes no empty tensors"
-    if not trains and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
+    if not trains and wants_gradients(*present):
         return "has no gradients"
     return None
 
@@ -57,7 +58,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
 def rotary(x_THR: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, interleaved: bool) -> str | None:
     if x_THR.shape[-1] > WIDEST_ROTATION or x_THR.shape[1] > MOST_HEADS:
         return f"rotates at most {MOST_HEADS} heads of {WIDEST_ROTATION} numbers"
-    if torch.is_grad_enabled() and (cos_TC.requires_grad or sin_TC.requires_grad):
+    if wants_gradients(cos_TC, sin_TC):
         return "has no gradients of the angles"
     return declines(x_THR, cos_TC, sin_TC, trains=True)
 

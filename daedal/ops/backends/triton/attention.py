@@ -21,6 +21,7 @@ from daedal.ops.backends.triton.located import Located, dense_last
 from daedal.ops.backends.triton.supports import BACKEND
 from daedal.ops.registry import REGISTRY
 from daedal.ops.rows import FlatRows, Rows
+from daedal.ops.trained import wants_gradients
 
 LEAST_CHUNK = 256  # keys that are worth a program of their own
 MOST_SPLITS = 64
@@ -39,7 +40,7 @@ def attention(q_THK: Tensor, starts: tuple[int, ...], keys: Rows, values: Rows |
     q_THK = dense_last(q_THK)
     if isinstance(keys, FlatRows) and isinstance(values, FlatRows):
         given = q_THK, dense_last(keys.rows), dense_last(values.rows)
-        if supports.wants_gradients(*given):
+        if wants_gradients(*given):
             out_THV: Tensor = _Attention.apply(*given, tuple(starts), keys.starts, scale)  # type: ignore[no-untyped-call]
             return out_THV
     return _attended(q_THK, tuple(starts), keys, values, scale, None)

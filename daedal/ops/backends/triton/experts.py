@@ -21,6 +21,7 @@ from daedal.ops.backends.triton.kernels import routing
 from daedal.ops.backends.triton.launch import block_of, stretches, tuned
 from daedal.ops.backends.triton.supports import BACKEND
 from daedal.ops.registry import REGISTRY
+from daedal.ops.trained import wants_gradients
 
 _SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 _COLUMNS = 1024
@@ -78,7 +79,7 @@ def experts(
     x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, *, limit: float | None
 ) -> Tensor:
     given = rows(x_TD), weights_TA, gate_up_EFD.contiguous(), down_EDF.contiguous()
-    if supports.wants_gradients(*given):
+    if wants_gradients(*given):
         y_TD: Tensor = _Experts.apply(*given, ids_TA, limit)  # type: ignore[no-untyped-call]
         return y_TD
     return _forward(*given, ids_TA, limit, keeps=False)[0]

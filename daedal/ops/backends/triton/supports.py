@@ -20,6 +20,7 @@ from daedal.ops.packed import Packed
 from daedal.ops.registry import Predicate
 from daedal.ops.rings import RingRows
 from daedal.ops.rows import FlatRows, PagedRows, Rows
+from daedal.ops.trained import wants_gradients
 
 BACKEND = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,10 +50,6 @@ def declines(*tensors: Tensor | None, trains: bool = False, everywhere: bool = F
     if wrong is not None:
         return f"takes float32, bfloat16 and float16, not {wrong}"
     return "has no gradients" if not trains and wants_gradients(*present) else None
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor | None, eps: float) -> str | None:
