@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from daedal.bench import small_models
-from daedal.bench.timing import Clock, Timing, repeated, shared
+from daedal.bench.timing import Clock, Timing, repeated
 from daedal.bench.workload import CHUNK, Workload
 from daedal.config import ModelConfig
 from daedal.cost import work
@@ -61,7 +61,7 @@ class Steps:
         """Median seconds of a decoding step."""
         load = self._load(config, batch, SHORT)
         load.start()
-        timing = shared(load.step, clock=self._clock, seconds=self._seconds, most=load.steps_left - 1)
+        timing = repeated(load.step, clock=self._clock, seconds=self._seconds, most=load.steps_left - 1)
         self.timings[name] = timing
         return timing.median
 
@@ -74,7 +74,7 @@ class Steps:
 
     def _load(self, config: ModelConfig, batch: int, context: int) -> Workload:
         model = small_models.build(config, packed=self.packed, dtype=self._dtype, device=self._device)
-        return Workload(model, batch=batch, context=context)
+        return Workload(model, batch=batch, context=context, alone=True)
 
 
 def overheads(steps: Steps, chip: Chip) -> Overheads:

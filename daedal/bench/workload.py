@@ -10,6 +10,7 @@ from daedal.infer.cache import KvDtype
 from daedal.infer.engine import Engine
 from daedal.infer.request import Request, SamplingParams
 from daedal.infer.stats import EngineStats
+from daedal.infer.stride import USUAL_MS
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -21,10 +22,19 @@ STEPS = 48
 class Workload:
     """`batch` sequences that end at about `context` tokens, on an engine of their own.
 
+    alone: a step makes one pass of the model, and not several as it does for users; what a pass costs can then be told.
     ConfigError where the model or the memory has no room for them.
     """
 
-    def __init__(self, model: "Transformer", *, batch: int, context: int, kv_cache_dtype: KvDtype = "auto"):
+    def __init__(
+        self,
+        model: "Transformer",
+        *,
+        batch: int,
+        context: int,
+        kv_cache_dtype: KvDtype = "auto",
+        alone: bool = False,
+    ):
         longest = model.config.max_position_embeddings
         if not 2 <= context <= longest:
             raise ConfigError(f"context is {context}: give 2 to {longest}, which is as far as this model goes")
@@ -43,6 +53,7 @@ class Workload:
             max_step_tokens=CHUNK,
             kv_cache_dtype=kv_cache_dtype,
             prefix_caching=False,  # its prompts are the same every time, and are to be read
+            stride_ms=None if alone else USUAL_MS,
         )
         if self._engine.max_context < context:
             raise ConfigError(self._crowded())

@@ -30,7 +30,7 @@ from daedal.infer.speculative import Acceptance, Speculation
 from daedal.infer.stats import EngineStats, ExpertsSeen, StepError
 from daedal.infer.step import Chunk, Step
 from daedal.infer.stopping import Ending
-from daedal.infer.stride import Stride
+from daedal.infer.stride import USUAL_MS, Stride
 
 if TYPE_CHECKING:
     from daedal.model.transformer import Transformer
@@ -77,7 +77,7 @@ class Engine:
         speculate: Speculation | None = None,
         deterministic: bool = False,
         prefill_ms: float | None = None,
-        stride_ms: float | None = 25.0,
+        stride_ms: float | None = USUAL_MS,
         clock: Callable[[], float] = time.perf_counter,
         kv_cache_dtype: KvDtype = "auto",
         prefix_caching: bool = True,

@@ -14,6 +14,7 @@ from daedal.infer.live import Live
 from daedal.infer.runner import Runner
 from daedal.infer.sampling import choose
 
+USUAL_MS = 25.0
 _MOST = 2**16  # passes; pages have far fewer tokens
 _NEWEST = 0.25  # the weight of the newest step in what a pass takes
 
