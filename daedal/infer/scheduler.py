@@ -163,7 +163,7 @@ class Scheduler:
             preempted=tuple(preempted),
             copies=tuple(self._copies),
             started=tuple(self._started),
-            more=self._more(shares, more),
+            more=self._more(shares, more) if more else 0,
         )
 
     def commit(self, step: Step, sampled: Mapping[str, Sequence[int]]) -> None:

@@ -6,6 +6,8 @@ from daedal.config import ModelConfig
 from daedal.model.transformer import Transformer, empty, initialise
 
 VOCAB = 97
+# Experts on native kernels are a multiple of 16 wide.
+WIDE_EXPERTS = {"moe_intermediate_size": 32}
 CONTEXT = 64
 
 DENSE = {

@@ -1,7 +1,7 @@
 """The cache in eight bits: as many bytes as promised, the same numbers however tokens are fed, answers near those of
 the plain cache, and every way of running an engine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor
 
 import daedal
 from daedal import ops
-from daedal.checkpoint.save import save
 from daedal.config import ModelConfig
 from daedal.errors import ConfigError
 from daedal.infer.cache import PagedCache, page_nbytes, state_nbytes
@@ -20,10 +19,9 @@ from daedal.ops.packed_rows import PackedRows
 from tests.infer.engines import fitting, poisoned
 from tests.infer.models import prompts, tame, tiny
 from tests.infer.test_cache import deepseek_v3, deepseek_v4_flash
-from tests.infer.test_recorded import WIDE_EXPERTS, _equal
+from tests.infer.test_recorded import _equal
 from tests.model.feeding import Feeder, in_chunks
 from tests.native import needs_kernels
-from tests.private_cache import private_cache
 from tests.tiny import tiny_model
 
 LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
@@ -124,22 +122,6 @@ def test_answers_are_near_those_of_the_plain_cache(family: str) -> None:
     divergence = (plain.exp() * (plain - packed)).sum(-1)
     assert float(divergence.mean()) < 0.02
     assert float((plain.argmax(-1) == packed.argmax(-1)).float().mean()) > 0.8
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Transformer]]:
-    """Tiny models with weights in int8, as users have them."""
-    root, kept = tmp_path_factory.mktemp("fp8"), {}
-
-    def make(family: str) -> Transformer:
-        if family not in kept:
-            save(tiny_model(family, **WIDE_EXPERTS), root / family)
-            kept[family] = daedal.load(root / family, weights="int8")
-        return kept[family]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DAEDAL_CACHE", str(private_cache(root / "cache")))
-        yield make
 
 
 @needs_kernels

@@ -11,9 +11,8 @@ from daedal.infer.looking import STEPS
 from daedal.infer.request import Request, SamplingParams
 from daedal.infer.stats import ExpertsSeen
 from tests.infer.engines import assert_idle, same, speculation
-from tests.infer.models import prompts
+from tests.infer.models import WIDE_EXPERTS, prompts
 from tests.infer.test_prefix_engine import model_of
-from tests.infer.test_recorded import WIDE_EXPERTS
 from tests.native import needs_kernels
 from tests.private_cache import private_cache
 from tests.tiny import tiny_model

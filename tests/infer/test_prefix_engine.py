@@ -16,9 +16,8 @@ from daedal.infer.prefixes import Copy
 from daedal.infer.request import Output, Request, SamplingParams
 from daedal.model.transformer import Transformer
 from tests.infer.engines import assert_idle, check_acceptance, fitting, poisoned, same, speculation
-from tests.infer.models import KINDS, prompts, tame, tiny
+from tests.infer.models import KINDS, WIDE_EXPERTS, prompts, tame, tiny
 from tests.infer.test_metering import metered
-from tests.infer.test_recorded import WIDE_EXPERTS
 from tests.native import needs_kernels
 from tests.private_cache import private_cache
 from tests.tiny import tiny_model

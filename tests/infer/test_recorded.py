@@ -3,16 +3,14 @@ family, across borders of pages, windows, groups and entries, as sequences join,
 cannot be recorded says why.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import pytest
 import torch
 from torch import Tensor
 
-import daedal
 from daedal import ops
-from daedal.checkpoint.save import save
 from daedal.infer.engine import Engine
 from daedal.infer.looking import Look
 from daedal.infer.request import Request, SamplingParams
@@ -24,34 +22,12 @@ from daedal.model.transformer import Transformer
 from tests.infer.engines import assert_idle, fitting, paged, poisoned
 from tests.model.feeding import Feeder
 from tests.native import needs_kernels
-from tests.private_cache import private_cache
 from tests.tiny import FAMILIES, tiny_model
 
 pytestmark = needs_kernels
 
-# Experts on native kernels are a multiple of 16 wide.
-WIDE_EXPERTS = {"moe_intermediate_size": 32}
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 Arrivals = Sequence[tuple[int, int, int]]  # of each request: the step before which it comes, its prompt, its answer
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Transformer]]:
-    """Tiny models by family and format, packed as users' are."""
-    root = tmp_path_factory.mktemp("recorded")
-    kept: dict[tuple[str, str], Transformer] = {}
-
-    def make(family: str, weights: str) -> Transformer:
-        if (family, weights) not in kept:
-            changes = WIDE_EXPERTS if family.startswith("deepseek") else {}
-            directory = root / f"{family}-{weights}"
-            save(tiny_model(family, **changes), directory)
-            kept[family, weights] = daedal.load(directory, weights=weights)
-        return kept[family, weights]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DAEDAL_CACHE", str(private_cache(root / "cache")))
-        yield make
 
 
 class Watched:

@@ -1,13 +1,11 @@
 """Steps of several passes: the same answers in fewer steps, and single passes wherever more would be wrong."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-import daedal
-from daedal.checkpoint.save import save
 from daedal.cost.flops import Feeding
 from daedal.cost.spending import Tariff
 from daedal.errors import ConfigError
@@ -20,31 +18,12 @@ from daedal.infer.stride import Stride
 from daedal.model.transformer import Transformer
 from tests.infer.engines import Digits, assert_idle, fitting, poisoned, same
 from tests.infer.test_metering import PRICE, Clock, Energy
-from tests.infer.test_recorded import WIDE_EXPERTS
 from tests.native import needs_kernels
-from tests.private_cache import private_cache
 from tests.tiny import FAMILIES, tiny_model
 
 LONG = 1e6  # milliseconds: as many passes as a page has room for
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 Packed = Callable[[str], Transformer]
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
-    """Tiny models by family, packed as users' are."""
-    root, kept = tmp_path_factory.mktemp("stride"), dict[str, Transformer]()
-
-    def make(family: str) -> Transformer:
-        if family not in kept:
-            changes = WIDE_EXPERTS if family.startswith("deepseek") else {}
-            save(tiny_model(family, **changes), root / family)
-            kept[family] = daedal.load(root / family, weights="int8")
-        return kept[family]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DAEDAL_CACHE", str(private_cache(root / "cache")))
-        yield make
 
 
 class Counted:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.infer.request import SamplingParams
-from daedal.ops.backends.cpu.building import compiler
 from daedal.ops.backends.cpu.program import LEVELS, native
 from daedal.ops.drawing import Draws, filtered, likeliest
+from tests.native import use_level
 
 
 @pytest.fixture(scope="module", params=["numpy", *LEVELS])
@@ -22,13 +22,10 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "numpy":
         with ops.using("reference"):
             yield request.param
-    elif compiler() is None:
-        pytest.skip("no C++ compiler here, so there are no native kernels")
-    elif native().use(request.param):
+    else:
+        use_level(request.param)
         yield request.param
         native().use(None)
-    else:
-        pytest.skip(f"this CPU has no {request.param}")
 
 
 def normalised(logits_V: Tensor, params: SamplingParams) -> dict[int, float]:

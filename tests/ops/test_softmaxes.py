@@ -10,8 +10,9 @@ from torch import Tensor
 
 from daedal import ops
 from daedal.ops import softmaxes
+from daedal.ops.backends.cpu.building import compiler
 from daedal.ops.backends.cpu.gradients import causal_declines
-from daedal.ops.backends.cpu.program import missing
+from daedal.ops.backends.cpu.program import native
 from tests.native import needs_kernels
 
 
@@ -20,9 +21,10 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "torch":
         with ops.using("reference"):
             yield request.param
-    elif missing() is not None:
-        pytest.skip("needs the native kernels")
+    elif compiler() is None:
+        pytest.skip("no C++ compiler here, so there are no native kernels")
     else:
+        native()  # kernels that do not compile where there is a compiler are broken
         yield request.param
 
 
